@@ -1,0 +1,89 @@
+"""Settings of [`PersonalizedDPOTrainer`]: TRL's, and a few of users."""
+
+from dataclasses import dataclass, field, fields
+
+from trl import DPOConfig
+
+from .user_models import get_user_model_class
+from .user_models.initialization import SOFT_PROMPT_INITS
+
+
+@dataclass
+class PersonalizedDPOConfig(DPOConfig):
+    """
+    [`~trl.DPOConfig`] with the settings of P-DPO (arXiv 2402.05133); their defaults are the paper's.
+
+    Parameters:
+        user_model_kind (`str`, *optional*, defaults to `"individual"`):
+            How users become soft prompts: `"individual"`, `"cluster"` or any registered kind. `"none"` is plain
+            [`~trl.DPOTrainer`], to the last bit.
+        num_virtual_tokens (`int`, *optional*, defaults to `10`):
+            Vectors in a user's soft prompt.
+        num_clusters (`int`, *optional*, defaults to `10`):
+            Shared soft prompts of the `"cluster"` kind.
+        soft_prompt_init (`str`, *optional*, defaults to `"sample_vocab"`):
+            Where soft prompts start: `"sample_vocab"` (embeddings of random tokens), `"random"` (noise on their scale) or
+            `"text"` (embeddings of `soft_prompt_init_text`). Draws follow `seed`.
+        soft_prompt_init_text (`str`, *optional*):
+            The text for `soft_prompt_init="text"`.
+        personalization_alpha (`float`, *optional*, defaults to `0.5`):
+            Weight of the user's term in the loss; the generic user's term has the rest.
+        user_id_column (`str`, *optional*, defaults to `"user_id"`):
+            Column with the user of each pair, text or integers. `None` is the generic user.
+        user_learning_rate (`float`, *optional*):
+            Learning rate of the user model; the language model's `learning_rate` if not set.
+    """
+
+    user_model_kind: str = field(
+        default="individual",
+        metadata={
+            "help": "How users become soft prompts: 'individual', 'cluster' or any registered kind. 'none' is plain "
+            "DPOTrainer."
+        },
+    )
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Vectors in a user's soft prompt."})
+    num_clusters: int = field(default=10, metadata={"help": "Shared soft prompts of the 'cluster' kind."})
+    soft_prompt_init: str = field(
+        default="sample_vocab",
+        metadata={
+            "help": "Where soft prompts start: embeddings of random tokens, noise on their scale, or embeddings of "
+            "`soft_prompt_init_text`.",
+            "choices": list(SOFT_PROMPT_INITS),
+        },
+    )
+    soft_prompt_init_text: str | None = field(
+        default=None, metadata={"help": "The text for `soft_prompt_init='text'`."}
+    )
+    personalization_alpha: float = field(
+        default=0.5, metadata={"help": "Weight of the user's term in the loss; the generic user's term has the rest."}
+    )
+    user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each pair."})
+    user_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if not set."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.personalization_alpha <= 1.0:
+            raise ValueError(f"`personalization_alpha` must lie in [0, 1], got {self.personalization_alpha}.")
+        for name in ("num_virtual_tokens", "num_clusters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.user_model_kind != "none":
+            get_user_model_class(self.user_model_kind)
+        if self.soft_prompt_init not in SOFT_PROMPT_INITS:
+            raise ValueError(f"`soft_prompt_init` must be one of {SOFT_PROMPT_INITS}, got {self.soft_prompt_init!r}.")
+        if (self.soft_prompt_init == "text") != (self.soft_prompt_init_text is not None):
+            raise ValueError(
+                '`soft_prompt_init_text` and `soft_prompt_init="text"` go together: set both, or neither '
+                f"(got {self.soft_prompt_init!r} and {self.soft_prompt_init_text!r})."
+            )
+        if self.user_learning_rate is not None and self.user_learning_rate < 0:
+            raise ValueError(f"`user_learning_rate` must not be negative, got {self.user_learning_rate}.")
+
+    @classmethod
+    def from_dpo_config(cls, args: DPOConfig) -> "PersonalizedDPOConfig":
+        """`args` itself if it has our settings, else a copy of it with their defaults."""
+        if isinstance(args, cls):
+            return args
+        return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})

@@ -1,0 +1,87 @@
+"""Files that are either the old ones or the new ones, never half of each."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+
+SAMPLE_BYTES = 1 << 20  # one block of a weight file that goes into its fingerprint
+NUM_SAMPLES = 64  # blocks per file; smaller files are read whole
+LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `path`, flush it to the disk, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def staged_folder(target: Path, last: str) -> Iterator[Path]:
+    """
+    A folder inside `target` to write in. On leaving it, each file replaces its namesake in `target`, the file named
+    `last` after all others; on an error nothing is replaced.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield staging
+        for source in sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: (p.name == last, str(p))):
+            destination = target / source.relative_to(staging)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    The JSON object in `path`.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file. `ValueError`: if it is cut off, or not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not JSON.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}.")
+    return values
+
+
+def weight_files(folder: Path) -> set[str]:
+    """Names of the files in `folder` that hold weights of a language model or an adapter."""
+    return {path.name for pattern in LM_WEIGHT_FILES for path in folder.glob(pattern)}
+
+
+def fingerprint(path: Path) -> str:
+    """
+    SHA-256 of a file of weights.
+
+    A file over 64 MiB counts by its size and 64 blocks of 1 MiB spread over it: any training step moves those too, and a
+    checkpoint of billions of parameters is checked in a second.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= SAMPLE_BYTES * NUM_SAMPLES:
+            digest.update(file.read())
+        else:
+            for sample in range(NUM_SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

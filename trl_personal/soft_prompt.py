@@ -1,0 +1,221 @@
+"""
+Puts a soft prompt into a batch, and takes its traces out of what comes back.
+
+A row is `[BOS] e_1 ... e_T x_1 ... x_n` if it starts with the BOS token, else `e_1 ... e_T x_1 ... x_n`; padding on either
+side stays where it is. Everything is index arithmetic on `positions`, the number of columns in front of the soft prompt.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .user_models import UserModel
+
+
+def insertion_positions(input_ids: Tensor, attention_mask: Tensor | None, bos_token_id: int | None) -> Tensor:
+    """
+    Where each row's soft prompt goes: LongTensor `(batch,)`, the column of the first real token, plus one if that token
+    is BOS. `input_ids` and `attention_mask` (nonzero for real tokens, `None` if all are) are `(batch, seq_len)`.
+
+    ```python
+    >>> ids = torch.tensor([[9, 9, 1, 5], [1, 5, 6, 9], [5, 6, 7, 8]])  # BOS is 1, padding 9
+    >>> insertion_positions(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]), bos_token_id=1)
+    tensor([3, 1, 0])
+    ```
+    """
+    if attention_mask is None:
+        first = input_ids.new_zeros(input_ids.shape[0])
+    else:
+        first = attention_mask.ne(0).int().argmax(dim=1)
+    if bos_token_id is None:
+        return first
+    return first + input_ids.gather(1, first[:, None]).squeeze(1).eq(bos_token_id).long()
+
+
+def source_columns(positions: Tensor, seq_len: int, num_virtual_tokens: int) -> tuple[Tensor, Tensor]:
+    """
+    For each column of a row with its soft prompt in: the column of the token there, `(batch, seq_len + T)`, and the number
+    of the virtual token there, or -1. (At virtual columns the first of the two is some valid column.)
+
+    ```python
+    >>> source_columns(torch.tensor([1, 0]), seq_len=2, num_virtual_tokens=2)[1]
+    tensor([[-1,  0,  1, -1],
+            [ 0,  1, -1, -1]])
+    ```
+    """
+    column = torch.arange(seq_len + num_virtual_tokens, device=positions.device)
+    offset = column - positions[:, None]  # 0 ... T-1 at the virtual tokens
+    virtual = torch.where((offset >= 0) & (offset < num_virtual_tokens), offset, -1)
+    token = torch.where(offset < 0, column, column - num_virtual_tokens).clamp(0, seq_len - 1)
+    return token, virtual
+
+
+def insert_soft_prompt(soft_prompt: Tensor, inputs_embeds: Tensor, token: Tensor, virtual: Tensor) -> Tensor:
+    """
+    Embeddings with the soft prompts in, `(batch, seq_len + T, token_dim)`.
+
+    `soft_prompt` is `(batch, T, token_dim)` and is cast to the dtype of `inputs_embeds` `(batch, seq_len, token_dim)`;
+    `token` and `virtual` come from [`source_columns`].
+    """
+    rows = torch.arange(token.shape[0], device=token.device)[:, None]
+    prompts = soft_prompt.to(inputs_embeds)[rows, virtual.clamp(min=0)]
+    return torch.where(virtual[..., None] >= 0, prompts, inputs_embeds[rows, token])
+
+
+def insert_values(values: Tensor, token: Tensor, virtual: Tensor, fill: Tensor | int) -> Tensor:
+    """`(batch, seq_len)` values, such as a mask, with `fill` (broadcast to the columns) at the virtual tokens."""
+    return torch.where(virtual < 0, values.gather(1, token), fill)
+
+
+def insert_position_ids(position_ids: Tensor, positions: Tensor, token: Tensor, virtual: Tensor) -> Tensor:
+    """
+    Position ids `(batch, seq_len + T)` that count on through the soft prompt.
+
+    ```python
+    >>> positions = torch.tensor([1])
+    >>> insert_position_ids(torch.tensor([[0, 1]]), positions, *source_columns(positions, 2, num_virtual_tokens=3))
+    tensor([[0, 1, 2, 3, 4]])
+    ```
+    """
+    seq_len, num_virtual_tokens = position_ids.shape[1], virtual.shape[1] - position_ids.shape[1]
+    start = position_ids.gather(1, positions.clamp(max=seq_len - 1)[:, None]) + (positions[:, None] == seq_len).long()
+    moved = position_ids.gather(1, token) + num_virtual_tokens * (token >= positions[:, None])
+    return torch.where(virtual >= 0, start + virtual, moved)
+
+
+def predicting_columns(positions: Tensor, seq_len: int, num_virtual_tokens: int) -> Tensor:
+    """
+    The column whose output stands for token `t` of the caller, `(batch, seq_len)`: the one right before token `t + 1`. So the
+    token in front of the soft prompt is represented by the **last virtual token**, which predicts what follows.
+
+    ```python
+    >>> predicting_columns(torch.tensor([1, 0]), seq_len=3, num_virtual_tokens=2)
+    tensor([[2, 3, 4],
+            [2, 3, 4]])
+    ```
+    """
+    column = torch.arange(seq_len, device=positions.device)
+    return torch.where(column + 1 < positions[:, None], column, column + num_virtual_tokens)
+
+
+def realign_outputs(outputs: MutableMapping[str, Any], positions: Tensor, num_virtual_tokens: int) -> Any:
+    """
+    The outputs of a backbone without their virtual columns, in place: hidden states at [`predicting_columns`], router
+    logits at the real tokens, attentions from the former to the latter. A cache keeps its virtual tokens.
+    """
+    seq_len = outputs["last_hidden_state"].shape[1] - num_virtual_tokens
+    columns = predicting_columns(positions, seq_len, num_virtual_tokens)
+    column = torch.arange(seq_len, device=positions.device)
+    real = torch.where(column < positions[:, None], column, column + num_virtual_tokens)
+    outputs["last_hidden_state"] = _gather(outputs["last_hidden_state"], columns)
+    if outputs.get("hidden_states") is not None:
+        outputs["hidden_states"] = tuple(_gather(layer, columns) for layer in outputs["hidden_states"])
+    if outputs.get("router_logits") is not None:
+        length = seq_len + num_virtual_tokens
+        outputs["router_logits"] = tuple(
+            _gather(layer.view(-1, length, layer.shape[-1]), real).reshape(*layer.shape[:-2], -1, layer.shape[-1])
+            for layer in outputs["router_logits"]
+        )
+    if outputs.get("attentions") is not None:
+        outputs["attentions"] = tuple(
+            layer.take_along_dim(columns[:, None, :, None], 2).take_along_dim(real[:, None, None, :], 3)
+            for layer in outputs["attentions"]
+        )
+    return outputs
+
+
+def _gather(values: Tensor, columns: Tensor) -> Tensor:
+    """`(batch, length, dim)` at `(batch, seq_len)` columns."""
+    return values[torch.arange(values.shape[0], device=values.device)[:, None], columns.to(values.device)]
+
+
+class SoftPromptInsertion:
+    """
+    Conditions a causal LM on users: with `user_indices` (LongTensor `(batch,)`) in the call, each row gets its user's soft
+    prompt, and the outputs stay aligned with the caller's `input_ids`. Without, the model is the plain model.
+
+    It is a pair of hooks on the backbone (the model below the LM head), which every causal LM calls as a module, whether
+    wrapped by PEFT or not, with logits or through TRL's fused head. The LM head, labels and losses above never see a virtual
+    token. The user model itself is a submodule of the causal LM, so that DDP, FSDP and ZeRO find it.
+
+    Args:
+        causal_lm (`nn.Module`): The model with the LM head, without PEFT around it.
+        bos_token_id (`int`, *optional*): The soft prompt goes after it in rows that start with it.
+    """
+
+    def __init__(self, causal_lm: nn.Module, backbone: nn.Module, bos_token_id: int | None) -> None:
+        self.causal_lm = causal_lm
+        self.bos_token_id = bos_token_id
+        self._positions: Tensor | None = None
+        self._handles = [
+            backbone.register_forward_pre_hook(self._insert, with_kwargs=True),
+            backbone.register_forward_hook(self._realign),
+        ]
+
+    @property
+    def user_model(self) -> UserModel:
+        """The user model: a submodule of the causal LM."""
+        return self.causal_lm.get_submodule("user_model")  # type: ignore[return-value]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def condition(
+        self, user_indices: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """
+        `inputs_embeds` and `attention_mask` for the backbone, with `positions`, `token` and `virtual` (see the functions).
+
+        Raises:
+            `ValueError`: if the batch has another number of users than rows, or the mask is not `(batch, seq_len)`.
+        """
+        if user_indices.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"`user_indices` must hold one user per row, shape ({input_ids.shape[0]},), got {tuple(user_indices.shape)}."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"With users, `attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        soft_prompt = self.user_model(user_indices)
+        positions = insertion_positions(input_ids, attention_mask, self.bos_token_id)
+        token, virtual = source_columns(positions, input_ids.shape[1], soft_prompt.shape[1])
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        inputs_embeds = self.causal_lm.get_input_embeddings()(input_ids)
+        conditioned = {
+            "inputs_embeds": insert_soft_prompt(soft_prompt, inputs_embeds, token, virtual),
+            "attention_mask": insert_values(mask, token, virtual, 1),
+        }
+        return conditioned, positions, token, virtual
+
+    def _insert(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        user_indices = kwargs.pop("user_indices", None)
+        self._positions = None
+        if user_indices is None:
+            return args, kwargs
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None` for most
+        input_ids = args[0] if args else kwargs.pop("input_ids", None)
+        if len(args) > 1 or input_ids is None or "inputs_embeds" in kwargs:
+            raise ValueError("A call with users needs `input_ids`, and everything else by keyword.")
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError("A call with users cannot continue from a cache; use `generate(..., user_ids=...)`.")
+        conditioned, positions, token, virtual = self.condition(user_indices, input_ids, kwargs.get("attention_mask"))
+        if "position_ids" in kwargs:
+            position_ids = kwargs["position_ids"].expand_as(input_ids)
+            kwargs["position_ids"] = insert_position_ids(position_ids, positions, token, virtual)
+        if "token_type_ids" in kwargs:
+            kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)
+        self._positions = positions
+        return (), {**kwargs, **conditioned}
+
+    def _realign(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
+        positions, self._positions = self._positions, None
+        if positions is None:
+            return output
+        return realign_outputs(output, positions, self.user_model.config.num_virtual_tokens)

@@ -1,0 +1,577 @@
+"""[`~trl.DPOTrainer`] in which each preference belongs to a user."""
+
+import logging
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import DPOConfig, DPOTrainer
+
+from .collator import DataCollatorForPersonalizedPreference
+from .config import PersonalizedDPOConfig
+from .evaluation import UserAccuracy, pair_margins, swapped_user_indices
+from .files import read_json
+from .modeling import (
+    USER_MODEL_FOLDER,
+    AutoPersonalizedModelForCausalLM,
+    attach_user_model,
+    check_fingerprints,
+    detach_user_model,
+    find_user_model,
+    get_causal_lm,
+    is_personalized,
+    load_user_model,
+)
+from .user_column import check_user_column, collect_users, iterate_user_ids
+from .user_models import UserModel, get_user_model_class
+from .user_models.initialization import soft_prompt_drawer
+from .users import GENERIC_USER_INDEX, UserVocab
+
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
+EvalDatasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
+
+
+class PersonalizedDPOTrainer(DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] in which each preference belongs to a user (P-DPO, arXiv 2402.05133, eq. 6):
+
+        L = a * DPO(x, y+, y-; user) + (1 - a) * DPO(x, y+, y-; generic user),    a = `personalization_alpha`
+
+    A user model puts a soft prompt in front of the text and is trained along with the policy. The reference policy never sees
+    a user and runs once per pair. Everything else is TRL's: losses, PEFT, data formats, evaluation, checkpoints.
+
+    Metrics have TRL's names for the user's term, the same under `generic/`, and in evaluation `users/accuracy_mean`,
+    `users/accuracy_worst` and, with two known users or more, `users/accuracy_swapped` (each user's pairs scored with another
+    user's soft prompt): means over users, never a number per user.
+
+    Args:
+        model, ref_model, ..., peft_config: As in [`~trl.DPOTrainer`]. `model` may also be a folder with a `user_model/`, or
+            a model with a user model attached: both are trained on, and new users are appended.
+        args ([`PersonalizedDPOConfig`] or [`~trl.DPOConfig`], *optional*): With TRL's, our settings have their defaults.
+        train_dataset: As in TRL, with one more column, `args.user_id_column`.
+        eval_dataset: Likewise; users who are not in `train_dataset` get the generic user's soft prompt.
+        user_vocab ([`UserVocab`] or `list[str]`, *optional*): The known users. Default: those of `train_dataset`, in order of
+            first appearance.
+        user_model ([`UserModel`], *optional*): An instance, pretrained or of your own, instead of a new one.
+
+    ```python
+    trainer = PersonalizedDPOTrainer(model="Qwen/Qwen3-0.6B", args=args, train_dataset=dataset, peft_config=LoraConfig())
+    trainer.train()
+    trainer.save_model("out")
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "p-dpo", "trl-personal"]
+    _name = "P-DPO"
+    _paper = {
+        "title": "Personalized Language Modeling from Personalized Human Feedback",
+        "id": "2402.05133",
+        "citation": textwrap.dedent("""\
+            @article{li2024personalized,
+                title   = {{Personalized Language Modeling from Personalized Human Feedback}},
+                author  = {Xinyu Li and Ruiyang Zhou and Zachary C. Lipton and Liu Leqi},
+                year    = 2024,
+                journal = {arXiv preprint arXiv:2402.05133},
+            }"""),
+    }
+
+    args: PersonalizedDPOConfig
+    user_model: UserModel | None
+    user_vocab: UserVocab | None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: EvalDatasets | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        user_vocab: UserVocab | Iterable[str | int] | None = None,
+        user_model: UserModel | None = None,
+    ) -> None:
+        has_settings = isinstance(args, PersonalizedDPOConfig)
+        args = _personalized_args(args, model)
+        self.user_model, self.user_vocab = None, None
+        personalized = args.user_model_kind != "none"
+        if personalized:
+            _refuse_prompt_learning(model, peft_config)
+            model, known, quantization_config = _with_known_users(model, args, quantization_config)
+            if known is not None and has_settings:
+                _check_settings(args, known[0], "the user model in `model`")
+            user_model, vocab = _choose_users(args, train_dataset, user_vocab, user_model, known)
+            _check_eval_users(args, eval_dataset)
+        elif user_model is not None or user_vocab is not None:
+            raise ValueError('`user_model` and `user_vocab` need a `user_model_kind` other than "none".')
+
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+        if personalized:
+            self._check_rows()
+            self._attach(vocab, user_model)
+
+    # --- Set-up -------------------------------------------------------------------------------------------------------
+
+    def _attach(self, user_vocab: UserVocab, user_model: UserModel | None) -> None:
+        """Attach the user model. After TRL's own set-up, whose reference, precomputation and hash must not see users."""
+        if user_model is None:
+            user_model = self._new_user_model(len(user_vocab))
+        bos_token_id = self._tokenizer.bos_token_id
+        attach_user_model(self.model, user_model.float().requires_grad_(True), user_vocab, bos_token_id)
+        self.user_model, self.user_vocab = user_model, user_vocab
+        self._user_accuracy = UserAccuracy()
+        if not isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
+            self.data_collator = DataCollatorForPersonalizedPreference(
+                self.data_collator, user_vocab, self.args.user_id_column
+            )
+        if self.optimizer is not None:
+            _add_to_optimizer(self.optimizer, self.lr_scheduler, self._user_group(user_model))
+        logger.info("P-DPO with %d known users, user model %r.", len(user_vocab), user_model.kind)
+
+    def _new_user_model(self, num_users: int) -> UserModel:
+        embedding = get_causal_lm(self.model).get_input_embeddings()
+        user_model_class = get_user_model_class(self.args.user_model_kind)
+        sizes = {"num_users": num_users, "token_dim": embedding.weight.shape[-1]}
+        for option in {field.name for field in fields(user_model_class.config_class)} - sizes.keys():
+            if hasattr(self.args, option):
+                sizes[option] = getattr(self.args, option)
+        text = self.args.soft_prompt_init_text
+        draw = soft_prompt_drawer(
+            embedding,
+            min(embedding.weight.shape[0], len(self._tokenizer)),
+            self.args.num_virtual_tokens,
+            self.args.soft_prompt_init,
+            self.args.seed,
+            None if text is None else self._tokenizer(text, add_special_tokens=False)["input_ids"],
+        )
+        with torch.random.fork_rng():  # the order of the data stays as without users
+            torch.manual_seed(self.args.seed)
+            user_model = user_model_class(user_model_class.config_class(**sizes))
+        user_model.initialize(draw)
+        return user_model
+
+    def _check_rows(self) -> None:
+        """Refuse what would fail at the first step: no rows left, or rows that do not fit the model's positions."""
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
+            raise ValueError(
+                f"No row of the train dataset is left: each prompt alone fills `max_length` ({self.args.max_length}). "
+                "Raise `max_length`, or shorten the prompts."
+            )
+        num_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if num_positions is None or self.args.max_length is None:
+            return
+        length = self.args.max_length
+        if length > num_positions and isinstance(
+            self.train_dataset, Dataset
+        ):  # a default, most likely: look at the rows
+            length = max(
+                len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+                for row in self.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+            )
+            length = min(length, self.args.max_length)
+        if length + self.args.num_virtual_tokens > num_positions:
+            raise ValueError(
+                f"The model has {num_positions} positions, but a row can need {length} for text and "
+                f"{self.args.num_virtual_tokens} for the soft prompt. Set `max_length` to "
+                f"{num_positions - self.args.num_virtual_tokens} or less, or use fewer `num_virtual_tokens`."
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = self.args.user_id_column
+        if self.user_model is not None and column not in self._signature_columns:
+            self._signature_columns.append(column)
+
+    def _user_group(self, user_model: UserModel) -> dict[str, Any]:
+        group: dict[str, Any] = {"params": list(user_model.parameters()), "weight_decay": 0.0}
+        if self.args.user_learning_rate is not None:
+            group["lr"] = self.args.user_learning_rate
+        return group
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in transformers, with the user model in a group of its own: `user_learning_rate`, no weight decay."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.user_model is not None and created:
+            group = self._user_group(self.user_model)
+            user_parameters = {id(parameter) for parameter in group["params"]}
+            for other in optimizer.param_groups:
+                other["params"] = [p for p in other["params"] if id(p) not in user_parameters]
+            optimizer.add_param_group(group)
+        return optimizer
+
+    # --- Loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """As in TRL. The reference policy does not see users."""
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "user_indices"})
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss for the user and for the generic user, mixed by `personalization_alpha`; one reference pass for both."""
+        if self.user_model is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        user_indices = inputs["user_indices"]
+        with self._reference_in_batch(inputs) as inputs:
+            with self._recorded_log_probs() as recorded:
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            generic_inputs = {**inputs, "user_indices": torch.full_like(user_indices, GENERIC_USER_INDEX)}
+            with self._metrics_under("generic/"):
+                generic_loss = super().compute_loss(model, generic_inputs, False, num_items_in_batch)
+            if not self.model.training:
+                self._count_users(model, inputs, recorded[0])
+        user_loss, outputs = result if return_outputs else (result, None)
+        alpha = self.args.personalization_alpha
+        loss = alpha * user_loss + (1 - alpha) * generic_loss
+        return (loss, outputs) if return_outputs else loss
+
+    @contextmanager
+    def _reference_in_batch(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """`inputs` with the reference's log-probabilities, and TRL set to take them from there."""
+        precomputed = self.precompute_ref_logps
+        if not precomputed:
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        self.precompute_ref_logps = True
+        try:
+            yield inputs
+        finally:
+            self.precompute_ref_logps = precomputed
+
+    @contextmanager
+    def _metrics_under(self, prefix: str) -> Iterator[None]:
+        """Keep what TRL logs inside under `prefix`, or nowhere if that is empty. Tokens are not counted again."""
+        metrics, num_tokens = self._metrics, self._total_train_tokens
+        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        try:
+            yield
+        finally:
+            logged, self._metrics, self._total_train_tokens = self._metrics, metrics, num_tokens
+        for mode, values in logged.items():
+            for name, numbers in values.items():
+                if prefix and name != "num_tokens":
+                    metrics[mode][prefix + name].extend(numbers)
+
+    @contextmanager
+    def _recorded_log_probs(self) -> Iterator[list[Tensor]]:
+        """The per-token log-probabilities `(2 * batch, seq_len - 1)` of the forward passes inside, for evaluation."""
+        recorded: list[Tensor] = []
+        if self.model.training:
+            yield recorded
+            return
+        handle = self.model.register_forward_hook(
+            lambda module, args, output: recorded.append(output.log_probs) if "log_probs" in output else None
+        )
+        try:
+            yield recorded
+        finally:
+            handle.remove()
+
+    def _count_users(self, model: nn.Module, inputs: dict[str, Any], log_probs: Tensor) -> None:
+        """Evaluation: which pairs come out right with the own soft prompt, and with that of another user."""
+        num_users = len(self.user_vocab or ())
+        correct = {"own": self._correct_pairs(inputs, log_probs)}
+        if num_users > 1:
+            swapped_inputs = {**inputs, "user_indices": swapped_user_indices(inputs["user_indices"], num_users)}
+            with self._metrics_under(""), self._recorded_log_probs() as recorded:
+                super().compute_loss(model, swapped_inputs)
+            correct["swapped"] = self._correct_pairs(inputs, recorded[0])
+        user_indices = inputs["user_indices"].chunk(2)[0]
+        user_indices, correct = self.accelerator.gather_for_metrics((user_indices, correct))
+        self._user_accuracy.add(user_indices, correct)
+
+    def _correct_pairs(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:
+        margins = pair_margins(
+            log_probs,
+            inputs["completion_mask"],
+            inputs["ref_chosen_logps"],
+            inputs["ref_rejected_logps"],
+            self.ld_alpha,
+        )
+        return (margins > 0).float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; at the end of an evaluation with the accuracy over users."""
+        if self.user_model is not None and len(self._user_accuracy) and not self.model.training:
+            accuracy, self._user_accuracy = self._user_accuracy, UserAccuracy()
+            metrics = self._metrics["eval"]
+            metrics["users/accuracy_mean"] = [accuracy.mean("own")]
+            metrics["users/accuracy_worst"] = [accuracy.worst("own")]
+            if len(self.user_vocab or ()) > 1:
+                metrics["users/accuracy_swapped"] = [accuracy.mean("swapped")]
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: EvalDatasets | str | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL. A dataset passed here is checked for its users first."""
+        if self.user_model is not None and not isinstance(eval_dataset, str):
+            _check_eval_users(self.args, eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    # --- Saving and loading: overridden as a set; what is written is in `PersonalizedSaving` ----------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True and self.user_model is not None:
+            resume_from_checkpoint = _last_whole_checkpoint(Path(self.args.output_dir)) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.user_model is not None:
+            self._load_user_model(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.user_model is not None and self.state.best_model_checkpoint is not None:
+            self._load_user_model(self.state.best_model_checkpoint)
+
+    def _load_user_model(self, checkpoint: str) -> None:
+        folder = find_user_model(checkpoint)
+        if folder is None:
+            raise ValueError(
+                f"{checkpoint} has no `{USER_MODEL_FOLDER}/` folder: it is not a checkpoint of personalized training. Start "
+                'without `resume_from_checkpoint`, or train with `user_model_kind="none"`.'
+            )
+        saved, vocab, config = load_user_model(folder)
+        check_fingerprints(folder.parent, config)
+        if vocab != self.user_vocab:
+            raise ValueError(
+                f"{checkpoint} was trained on {len(vocab)} users, this run has {len(self.user_vocab or ())}, or another order of "
+                "them. Resume with the same dataset or `user_vocab`; to add users, pass the folder as `model`."
+            )
+        assert self.user_model is not None
+        self.user_model.load_state_dict(saved.state_dict())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card, with a section on users."""
+        super().create_model_card(*args, **kwargs)
+        if self.user_model is not None and self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path, ignore_metadata_errors=True)
+            card.text = _with_users_section(card.text, self.hub_model_id, self.user_model, self.args)
+            card.save(path)
+
+
+# --- Which users, which user model ------------------------------------------------------------------------------------
+
+
+def _personalized_args(args: DPOConfig | None, model: str | nn.Module) -> PersonalizedDPOConfig:
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
+        return PersonalizedDPOConfig(f"{name.split('/')[-1]}-P-DPO")
+    return PersonalizedDPOConfig.from_dpo_config(args)
+
+
+def _refuse_prompt_learning(model: str | nn.Module, peft_config: PeftConfig | None) -> None:
+    configs = [peft_config] if peft_config is not None else []
+    if isinstance(model, PeftModel):
+        configs.extend(model.peft_config.values())
+    for config in configs:
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{type(config).__name__} (prompt learning) cannot be combined with users: both put virtual tokens in front "
+                "of the text. Use LoRA or another adapter, or no `peft_config`."
+            )
+
+
+def _with_known_users(
+    model: str | PreTrainedModel | PeftModel,
+    args: PersonalizedDPOConfig,
+    quantization_config: BitsAndBytesConfig | None,
+) -> tuple[Any, tuple[UserModel, UserVocab] | None, BitsAndBytesConfig | None]:
+    """
+    The model as TRL shall load it, with the user model and vocabulary that it comes with, if any.
+
+    A folder with a full model is left to TRL. An adapter is loaded here, as TRL loads no adapter by its name.
+    """
+    if not isinstance(model, str):
+        return model, detach_user_model(model) if is_personalized(model) else None, quantization_config
+    folder = find_user_model(model)
+    if folder is None:
+        return model, None, quantization_config
+    if not (folder.parent / "adapter_config.json").is_file():
+        user_model, user_vocab, config = load_user_model(folder)
+        check_fingerprints(folder.parent, config)
+        return model, (user_model, user_vocab), quantization_config
+    kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    loaded = AutoPersonalizedModelForCausalLM.from_pretrained(model, is_trainable=True, **kwargs)
+    return loaded, detach_user_model(loaded), None
+
+
+def _check_settings(args: PersonalizedDPOConfig, user_model: UserModel, source: str, strict: bool = True) -> None:
+    """Refuse `args` that contradict a user model; unless `strict`, a setting left at its default does not."""
+    defaults = {field.name: field.default for field in fields(args)}
+    found = {"user_model_kind": user_model.kind, "num_virtual_tokens": user_model.config.num_virtual_tokens}
+    for name, value in found.items():
+        setting = getattr(args, name)
+        if setting != value and (strict or setting != defaults[name]):
+            raise ValueError(
+                f"`{name}` is {setting!r} in the arguments, but {value!r} in {source}. Set `{name}={value!r}`, or start from "
+                "another user model."
+            )
+
+
+def _choose_users(
+    args: PersonalizedDPOConfig,
+    train_dataset: AnyDataset | None,
+    user_vocab: UserVocab | Iterable[str | int] | None,
+    user_model: UserModel | None,
+    known: tuple[UserModel, UserVocab] | None,
+) -> tuple[UserModel | None, UserVocab]:
+    """The user model to train (`None`: a new one) and its vocabulary."""
+    if known is not None and user_model is not None:
+        raise ValueError(
+            "There are two user models: one in `model`, one in `user_model`. Leave `user_model` out to train on the one in "
+            "`model`, or pass the plain language model."
+        )
+    if user_vocab is not None and not isinstance(user_vocab, UserVocab):
+        user_vocab = UserVocab(user_vocab)
+    vocab = _vocab_of(args, train_dataset, user_vocab)
+    if known is not None:
+        vocab = known[1].extend(vocab)
+        user_model = known[0].resize(len(vocab))
+    elif user_model is not None:
+        _check_settings(args, user_model, "`user_model`", strict=False)
+        if user_model.config.num_users != len(vocab):
+            raise ValueError(
+                f"`user_model` has rows for {user_model.config.num_users} users, the vocabulary has {len(vocab)}. Pass the "
+                "`user_vocab` it was made for, or a user model of that many users."
+            )
+    if user_model is not None:
+        args.user_model_kind, args.num_virtual_tokens = user_model.kind, user_model.config.num_virtual_tokens
+    return user_model, vocab
+
+
+def _vocab_of(
+    args: PersonalizedDPOConfig, train_dataset: AnyDataset | None, user_vocab: UserVocab | None
+) -> UserVocab:
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
+        return user_vocab or UserVocab()  # TRL says what is wrong
+    check_user_column(train_dataset, args.user_id_column, "train")
+    if user_vocab is None:
+        return collect_users(train_dataset, args.user_id_column)
+    if isinstance(train_dataset, Dataset):
+        user_ids = [u for u in iterate_user_ids(train_dataset, args.user_id_column, "train") if u is not None]
+        unknown = sum(user_id not in user_vocab for user_id in user_ids)
+        if unknown:
+            logger.warning(
+                "%d of %d rows of the train dataset have a user who is not in `user_vocab`; they train the generic user.",
+                unknown,
+                len(train_dataset),
+            )
+    return user_vocab
+
+
+def _check_eval_users(args: PersonalizedDPOConfig, eval_dataset: EvalDatasets | None) -> None:
+    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            continue
+        check_user_column(dataset, args.user_id_column, name)
+        if isinstance(dataset, Dataset):
+            for _ in iterate_user_ids(dataset, args.user_id_column, name):
+                pass  # a bad id raises
+
+
+def _add_to_optimizer(optimizer: torch.optim.Optimizer, scheduler: object | None, group: dict[str, Any]) -> None:
+    """Add the user model to an optimizer that the caller made, unless it is there."""
+    present = {id(parameter) for other in optimizer.param_groups for parameter in other["params"]}
+    if all(id(parameter) in present for parameter in group["params"]):
+        return
+    if scheduler is not None:
+        raise ValueError(
+            "The optimizer in `optimizers` does not hold the user model's parameters, and a scheduler is bound to it already. "
+            "Pass the optimizer alone (the user model is then added to it), or make a `user_model` first and include it."
+        )
+    optimizer.add_param_group(group)
+
+
+def _last_whole_checkpoint(output_dir: Path) -> str | None:
+    """The last checkpoint with a readable `trainer_state.json`, which is written last; a warning for those passed over."""
+    checkpoints = sorted(
+        (path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
+        key=lambda path: -int(path.name.removeprefix("checkpoint-")),
+    )
+    for path in checkpoints:
+        try:
+            read_json(path / "trainer_state.json")
+        except (FileNotFoundError, ValueError):
+            logger.warning("%s was not written to its end and is passed over.", path)
+        else:
+            return str(path)
+    return None
+
+
+def _with_users_section(
+    text: str, hub_model_id: str | None, user_model: UserModel, args: PersonalizedDPOConfig
+) -> str:
+    section = textwrap.dedent(f"""\
+        ## Users
+
+        This model writes differently for different users. `user_model/` beside the weights maps {user_model.config.num_users}
+        users to soft prompts of {user_model.config.num_virtual_tokens} vectors (kind `{user_model.kind}`,
+        personalization_alpha {args.personalization_alpha}). Unknown users get the generic user's soft prompt. Loaded without
+        `trl_personal`, it is a plain language model.
+
+        ```python
+        from transformers import AutoTokenizer
+        from trl_personal import AutoPersonalizedModelForCausalLM
+
+        name = "{hub_model_id}"
+        model = AutoPersonalizedModelForCausalLM.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        user_id = next(iter(model.user_vocab))
+        inputs = tokenizer(["..."], return_tensors="pt")
+        print(tokenizer.batch_decode(model.generate(**inputs, user_ids=[user_id], max_new_tokens=64)))
+        ```
+
+        """)
+    marker = "## Training procedure"
+    return text.replace(marker, section + marker, 1) if marker in text else text + "\n" + section

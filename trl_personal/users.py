@@ -1,0 +1,125 @@
+"""The users of a model: a text id for each row of the user table."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .files import read_json, write_atomically
+
+
+GENERIC_USER_INDEX = 0  # row 0 of every user table: the generic user, whom unknown users share
+USERS_FILE = "users.json"
+
+UserId = str | int | None
+
+
+def as_user_id(value: object) -> str | None:
+    """
+    A raw user id as the text it is stored under; `None` stays `None` (the generic user).
+
+    Raises:
+        `TypeError`: for anything but `str`, `int` and `None`. `ValueError`: for an empty text.
+
+    ```python
+    >>> as_user_id(7), as_user_id("alice"), as_user_id(None)
+    ('7', 'alice', None)
+    ```
+    """
+    if value is None:
+        return None
+    # `bool` is an `int` for Python, but never a person; numpy integers are no `int`, but can be an index
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("A user id is an empty text. Give the user an id, or use `None` for the generic user.")
+        return str(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"A user id must be a text or an integer (or `None` for the generic user), found "
+            f"{type(value).__name__}. Turn the column into text, e.g. with `dataset.cast_column`."
+        )
+    return str(int(value.__index__()))
+
+
+class UserVocab:
+    """
+    The known users, in the order of their rows. Row `GENERIC_USER_INDEX` (0) is the generic user, who has no id.
+
+    Ids may be texts or integers and are kept as text. Once made, a vocabulary does not change: [`UserVocab.extend`]
+    returns a larger one in which every known user keeps the row.
+
+    Args:
+        user_ids (`Iterable[str | int]`): Ids of the known users. The first one gets row 1.
+
+    Raises:
+        `ValueError`: for an empty id, a missing id or the same id twice (7 and "7" are the same).
+
+    ```python
+    >>> vocab = UserVocab(["alice", "bob", 7])
+    >>> len(vocab), vocab.encode(["bob", "7", "nobody", None])
+    (3, [2, 3, 0, 0])
+    >>> vocab.decode([1, 0])
+    ['alice', None]
+    ```
+    """
+
+    def __init__(self, user_ids: Iterable[str | int] = ()) -> None:
+        self._index: dict[str, int] = {}
+        for row, value in enumerate(user_ids, start=GENERIC_USER_INDEX + 1):
+            user_id = as_user_id(value)
+            if user_id is None:
+                raise ValueError("A user vocabulary holds known users only, found `None`. Leave the generic user out.")
+            if user_id in self._index:
+                raise ValueError(f"User id {user_id!r} occurs twice in the vocabulary. Each user has one row.")
+            self._index[user_id] = row
+        self._user_ids = list(self._index)
+
+    def __len__(self) -> int:
+        """Number of known users; the generic user is not counted."""
+        return len(self._user_ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._user_ids)
+
+    def __contains__(self, user_id: object) -> bool:
+        return isinstance(user_id, (str, int)) and str(user_id) in self._index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UserVocab) and self._user_ids == other._user_ids
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"UserVocab(num_users={len(self)})"  # ids are people: they do not belong in a log line
+
+    def encode(self, user_ids: Sequence[UserId]) -> list[int]:
+        """Rows of `user_ids`; an unknown user and `None` get `GENERIC_USER_INDEX`."""
+        ids = [as_user_id(user_id) for user_id in user_ids]
+        return [self._index.get(user_id, GENERIC_USER_INDEX) if user_id else GENERIC_USER_INDEX for user_id in ids]
+
+    def decode(self, user_indices: Iterable[int]) -> list[str | None]:
+        """Ids of the rows `user_indices`; `None` for the generic user."""
+        return [None if index == GENERIC_USER_INDEX else self._user_ids[index - 1] for index in user_indices]
+
+    def extend(self, user_ids: Iterable[str | int]) -> "UserVocab":
+        """A vocabulary with the new ones among `user_ids` appended; known users keep their rows."""
+        new = dict.fromkeys(as_user_id(user_id) for user_id in user_ids)
+        return UserVocab([*self._user_ids, *(user_id for user_id in new if user_id and user_id not in self._index)])
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `users.json`, a JSON object from user id to row (like a tokenizer's `vocab.json`)."""
+        text = json.dumps(self._index, ensure_ascii=False, indent=0)
+        write_atomically(Path(directory) / USERS_FILE, text.encode())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "UserVocab":
+        """
+        Read `users.json`.
+
+        Raises:
+            `FileNotFoundError`: if there is none. `ValueError`: if its rows are not 1, 2, ... in some order.
+        """
+        path = Path(directory) / USERS_FILE
+        index = read_json(path)
+        if sorted(index.values(), key=str) != sorted(range(1, len(index) + 1), key=str):
+            raise ValueError(f"{path} is not a user vocabulary: its rows must be 1 to {len(index)}, each once.")
+        return cls(sorted(index, key=index.__getitem__))
