@@ -20,9 +20,11 @@ def pair_margins(
     log-ratios inside the DPO loss. A pair is right if it is above zero.
 
     Args:
-        log_probs (`Tensor` `(2 * batch, seq_len - 1)`): Log-probabilities of the completion tokens, zero elsewhere; chosen rows first.
+        log_probs (`Tensor` `(2 * batch, seq_len - 1)`): Log-probabilities of the completion tokens, zero elsewhere;
+            chosen rows first.
         completion_mask (`Tensor` `(2 * batch, seq_len)`): Nonzero at completion tokens.
-        ref_chosen_logps, ref_rejected_logps (`Tensor` `(batch,)`): Sums under the reference.
+        ref_chosen_logps (`Tensor` `(batch,)`): Sum over the chosen completion under the reference.
+        ref_rejected_logps (`Tensor` `(batch,)`): Sum over the rejected completion under the reference.
         ld_alpha (`float`, *optional*): Weight of tokens past the shorter completion (LD-DPO).
 
     ```python

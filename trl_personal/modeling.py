@@ -35,9 +35,9 @@ HUB_PULL_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revisi
 HUB_PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
 
-def get_causal_lm(model: nn.Module) -> PreTrainedModel:
+def get_causal_lm(model: nn.Module) -> Any:
     """The language model itself: `model`, or what is inside if it is a `PeftModel`."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_personalized(model: nn.Module) -> bool:
@@ -59,6 +59,7 @@ def attach_user_model(
     The object keeps its type: its class becomes a subclass, of the same name, of the class it had.
 
     Args:
+        model (`PreTrainedModel` or `PeftModel`): Changed in place.
         user_model (`UserModel`): Moved to the device of the input embeddings.
         user_vocab (`UserVocab`): Whose rows they are.
         bos_token_id (`int`, *optional*): Rows that start with this token get the soft prompt after it. Defaults to the
@@ -77,12 +78,12 @@ def attach_user_model(
     weight = causal_lm.get_input_embeddings().weight
     causal_lm.add_module("user_model", user_model.to(weight.device))
     causal_lm.user_vocab = user_vocab
-    causal_lm._soft_prompt_insertion = SoftPromptInsertion(causal_lm, causal_lm.base_model, bos_token_id)
+    causal_lm._soft_prompt_insertion = SoftPromptInsertion(causal_lm, bos_token_id)
     # transformers leaves these keys out of the LM's files, and does not miss them when it loads a checkpoint
     causal_lm._keys_to_ignore_on_save = set(causal_lm._keys_to_ignore_on_save or ()) | _user_model_keys(user_model)
-    causal_lm.__class__ = _personalized_class(PersonalizedGeneration, type(causal_lm))
+    _add_base(causal_lm, PersonalizedGeneration)
     if model is not causal_lm:
-        model.__class__ = _personalized_class(PersonalizedSaving, type(model))
+        _add_base(model, PersonalizedSaving)
 
 
 def detach_user_model(model: nn.Module) -> tuple[UserModel, UserVocab]:
@@ -169,6 +170,7 @@ class PersonalizedGeneration(PersonalizedSaving):
         Args:
             inputs (`torch.LongTensor` `(batch, seq_len)`, *optional*): Prompt ids, also as `input_ids=`. Prompts of
                 different lengths are padded on the left, with an `attention_mask`.
+            generation_config (`GenerationConfig`, *optional*): As in transformers.
             user_ids (`str`, `int` or a list of them, *optional*): One user per row, or one for all rows. `None` and users
                 who are not in `user_vocab` get the generic user's soft prompt.
             **kwargs: As in transformers. `max_length` and `min_length` count text tokens only.
@@ -257,8 +259,8 @@ class AutoPersonalizedModelForCausalLM:
                 `quantization_config`, `revision`; for an adapter they go to the base model, and `is_trainable` to PEFT.
 
         Raises:
-            `ValueError`: if there is no `user_model/`, if one of its files is cut off, foreign or of a newer format, if it does not
-            fit the language model, or if the weights beside it are not those it was saved with.
+            `ValueError`: if there is no `user_model/`, if one of its files is cut off, foreign or of a newer format, if
+                it does not fit the language model, or if the weights beside it are not those it was saved with.
         """
         name = str(pretrained_model_name_or_path)
         hub_kwargs = {key: kwargs[key] for key in HUB_PULL_ARGUMENTS if key in kwargs}
@@ -298,6 +300,11 @@ def load_user_model(folder: Path) -> tuple[UserModel, UserVocab, dict[str, Any]]
     return user_model, user_vocab, read_user_model_config(folder)
 
 
+def is_adapter(name: str, **hub_kwargs: Any) -> bool:
+    """Whether a local folder or a hub repository holds a PEFT adapter, and not a whole language model."""
+    return _cached(name, "adapter_config.json", hub_kwargs) is not None
+
+
 def check_fingerprints(folder: Path, config: dict[str, Any]) -> None:
     """Raise a `ValueError` unless the weights in `folder` are those that the user model was saved with."""
     for name, expected in config.get("language_model_files", {}).items():
@@ -329,7 +336,7 @@ def _save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Te
 
 def _load_language_model(name: str, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
     is_trainable = kwargs.pop("is_trainable", False)
-    if _cached(name, "adapter_config.json", hub_kwargs) is None:
+    if not is_adapter(name, **hub_kwargs):
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     adapter = PeftConfig.from_pretrained(name, **hub_kwargs)
     base = AutoModelForCausalLM.from_pretrained(
@@ -353,8 +360,12 @@ def _user_model_keys(user_model: UserModel) -> set[str]:
     return {f"user_model.{name}" for name in user_model.state_dict()}
 
 
+def _add_base(module: Any, mixin: type) -> None:
+    module.__class__ = _personalized_class(mixin, module.__class__)
+
+
 @cache
-def _personalized_class(mixin: type, cls: type) -> type:
+def _personalized_class(mixin: type, cls: Any) -> Any:
     # transformers and PEFT write and compare class names, so the subclass keeps the name of the class
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
@@ -367,14 +378,15 @@ def _check_vocab(user_model: UserModel, user_vocab: UserVocab) -> None:
         )
 
 
-def _check_fit(causal_lm: nn.Module, user_model: UserModel, user_vocab: UserVocab) -> None:
+def _check_fit(causal_lm: Any, user_model: UserModel, user_vocab: UserVocab) -> None:
     _check_vocab(user_model, user_vocab)
-    if not isinstance(causal_lm, PreTrainedModel) or causal_lm.config.is_encoder_decoder:
+    is_decoder = isinstance(causal_lm, PreTrainedModel) and not causal_lm.config.is_encoder_decoder
+    if not is_decoder:
         raise ValueError(
             f"{type(causal_lm).__name__} is no decoder-only language model of transformers; only those can have users."
         )
-    if causal_lm.base_model is causal_lm:
-        raise ValueError(f"{type(causal_lm).__name__} has no backbone below its LM head to insert soft prompts in.")
+    if causal_lm.get_decoder() is causal_lm:
+        raise ValueError(f"{type(causal_lm).__name__} has no decoder below its LM head to insert soft prompts in.")
     width = causal_lm.get_input_embeddings().weight.shape[-1]
     if user_model.config.token_dim != width:
         raise ValueError(

@@ -102,7 +102,7 @@ def predicting_columns(positions: Tensor, seq_len: int, num_virtual_tokens: int)
 
 def realign_outputs(outputs: MutableMapping[str, Any], positions: Tensor, num_virtual_tokens: int) -> Any:
     """
-    The outputs of a backbone without their virtual columns, in place: hidden states at [`predicting_columns`], router
+    The outputs of a decoder without their virtual columns, in place: hidden states at [`predicting_columns`], router
     logits at the real tokens, attentions from the former to the latter. A cache keeps its virtual tokens.
     """
     seq_len = outputs["last_hidden_state"].shape[1] - num_virtual_tokens
@@ -136,28 +136,34 @@ class SoftPromptInsertion:
     Conditions a causal LM on users: with `user_indices` (LongTensor `(batch,)`) in the call, each row gets its user's soft
     prompt, and the outputs stay aligned with the caller's `input_ids`. Without, the model is the plain model.
 
-    It is a pair of hooks on the backbone (the model below the LM head), which every causal LM calls as a module, whether
+    It is a pair of hooks on the decoder (the model below the LM head), which every causal LM calls as a module, whether
     wrapped by PEFT or not, with logits or through TRL's fused head. The LM head, labels and losses above never see a virtual
-    token. The user model itself is a submodule of the causal LM, so that DDP, FSDP and ZeRO find it.
+    token. Another pair takes `user_indices` out of the causal LM's call, as some models do not pass on what they do not know,
+    and makes sure that the decoder got them. The user model itself is a submodule of the causal LM, so that DDP, FSDP and
+    ZeRO find it.
 
     Args:
-        causal_lm (`nn.Module`): The model with the LM head, without PEFT around it.
+        causal_lm (`PreTrainedModel`): The model with the LM head, without PEFT around it.
         bos_token_id (`int`, *optional*): The soft prompt goes after it in rows that start with it.
     """
 
-    def __init__(self, causal_lm: nn.Module, backbone: nn.Module, bos_token_id: int | None) -> None:
+    def __init__(self, causal_lm: Any, bos_token_id: int | None) -> None:
         self.causal_lm = causal_lm
         self.bos_token_id = bos_token_id
+        self._user_indices: Tensor | None = None
         self._positions: Tensor | None = None
+        decoder = causal_lm.get_decoder()
         self._handles = [
-            backbone.register_forward_pre_hook(self._insert, with_kwargs=True),
-            backbone.register_forward_hook(self._realign),
+            causal_lm.register_forward_pre_hook(self._take_users, with_kwargs=True),
+            causal_lm.register_forward_hook(self._check_users),
+            decoder.register_forward_pre_hook(self._insert, with_kwargs=True),
+            decoder.register_forward_hook(self._realign),
         ]
 
     @property
     def user_model(self) -> UserModel:
         """The user model: a submodule of the causal LM."""
-        return self.causal_lm.get_submodule("user_model")  # type: ignore[return-value]
+        return self.causal_lm.user_model
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -168,7 +174,7 @@ class SoftPromptInsertion:
         self, user_indices: Tensor, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """
-        `inputs_embeds` and `attention_mask` for the backbone, with `positions`, `token` and `virtual` (see the functions).
+        `inputs_embeds` and `attention_mask` for the decoder, with `positions`, `token` and `virtual` (see the functions).
 
         Raises:
             `ValueError`: if the batch has another number of users than rows, or the mask is not `(batch, seq_len)`.
@@ -193,9 +199,20 @@ class SoftPromptInsertion:
         }
         return conditioned, positions, token, virtual
 
-    def _insert(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        user_indices = kwargs.pop("user_indices", None)
-        self._positions = None
+    def _take_users(self, causal_lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._user_indices = kwargs.pop("user_indices", None)
+        return args, kwargs
+
+    def _check_users(self, causal_lm: nn.Module, args: tuple, output: Any) -> None:
+        if self._user_indices is not None:
+            self._user_indices = None
+            raise RuntimeError(
+                f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. Please "
+                "report the model."
+            )
+
+    def _insert(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        user_indices, self._user_indices, self._positions = self._user_indices, None, None
         if user_indices is None:
             return args, kwargs
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None` for most
@@ -214,7 +231,7 @@ class SoftPromptInsertion:
         self._positions = positions
         return (), {**kwargs, **conditioned}
 
-    def _realign(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
+    def _realign(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         positions, self._positions = self._positions, None
         if positions is None:
             return output

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -30,6 +30,7 @@ from .config import PersonalizedDPOConfig
 from .evaluation import UserAccuracy, pair_margins, swapped_user_indices
 from .files import read_json
 from .modeling import (
+    HUB_PULL_ARGUMENTS,
     USER_MODEL_FOLDER,
     AutoPersonalizedModelForCausalLM,
     attach_user_model,
@@ -37,6 +38,7 @@ from .modeling import (
     detach_user_model,
     find_user_model,
     get_causal_lm,
+    is_adapter,
     is_personalized,
     load_user_model,
 )
@@ -48,8 +50,8 @@ from .users import GENERIC_USER_INDEX, UserVocab
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
-EvalDatasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
+AnyDataset: TypeAlias = Dataset | IterableDataset
+EvalDatasets: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 
 
 class PersonalizedDPOTrainer(DPOTrainer):
@@ -97,6 +99,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
     }
 
     args: PersonalizedDPOConfig
+    model: PreTrainedModel | PeftModel
     user_model: UserModel | None
     user_vocab: UserVocab | None
 
@@ -171,7 +174,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
     def _new_user_model(self, num_users: int) -> UserModel:
         embedding = get_causal_lm(self.model).get_input_embeddings()
         user_model_class = get_user_model_class(self.args.user_model_kind)
-        sizes = {"num_users": num_users, "token_dim": embedding.weight.shape[-1]}
+        sizes: dict[str, Any] = {"num_users": num_users, "token_dim": embedding.weight.shape[-1]}
         for option in {field.name for field in fields(user_model_class.config_class)} - sizes.keys():
             if hasattr(self.args, option):
                 sizes[option] = getattr(self.args, option)
@@ -218,9 +221,9 @@ class PersonalizedDPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        column = self.args.user_id_column
-        if self.user_model is not None and column not in self._signature_columns:
-            self._signature_columns.append(column)
+        columns: list[str] = self._signature_columns  # type: ignore[assignment]
+        if self.user_model is not None and self.args.user_id_column not in columns:
+            columns.append(self.args.user_id_column)
 
     def _user_group(self, user_model: UserModel) -> dict[str, Any]:
         group: dict[str, Any] = {"params": list(user_model.parameters()), "weight_decay": 0.0}
@@ -357,7 +360,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True and self.user_model is not None:
-            resume_from_checkpoint = _last_whole_checkpoint(Path(self.args.output_dir)) or True
+            resume_from_checkpoint = _last_whole_checkpoint(Path(str(self.args.output_dir))) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -381,8 +384,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
         check_fingerprints(folder.parent, config)
         if vocab != self.user_vocab:
             raise ValueError(
-                f"{checkpoint} was trained on {len(vocab)} users, this run has {len(self.user_vocab or ())}, or another order of "
-                "them. Resume with the same dataset or `user_vocab`; to add users, pass the folder as `model`."
+                f"{checkpoint} was trained on {len(vocab)} users, this run has {len(self.user_vocab or ())}, or another "
+                "order of them. Resume with the same dataset or `user_vocab`; to add users, pass the folder as `model`."
             )
         assert self.user_model is not None
         self.user_model.load_state_dict(saved.state_dict())
@@ -391,7 +394,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
         """TRL's model card, with a section on users."""
         super().create_model_card(*args, **kwargs)
         if self.user_model is not None and self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "README.md"
+            path = Path(str(self.args.output_dir)) / "README.md"
             card = ModelCard.load(path, ignore_metadata_errors=True)
             card.text = _with_users_section(card.text, self.hub_model_id, self.user_model, self.args)
             card.save(path)
@@ -431,14 +434,16 @@ def _with_known_users(
     """
     if not isinstance(model, str):
         return model, detach_user_model(model) if is_personalized(model) else None, quantization_config
-    folder = find_user_model(model)
+    kwargs = {"dtype": torch.float32, **dict(args.model_init_kwargs or {})}  # type: ignore[arg-type]
+    hub_kwargs = {name: kwargs[name] for name in HUB_PULL_ARGUMENTS if name in kwargs}
+    folder = find_user_model(model, **hub_kwargs)
     if folder is None:
         return model, None, quantization_config
-    if not (folder.parent / "adapter_config.json").is_file():
+    if not is_adapter(model, **hub_kwargs):
         user_model, user_vocab, config = load_user_model(folder)
-        check_fingerprints(folder.parent, config)
+        if Path(model).is_dir():  # the weights of a repository are not here yet
+            check_fingerprints(folder.parent, config)
         return model, (user_model, user_vocab), quantization_config
-    kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     loaded = AutoPersonalizedModelForCausalLM.from_pretrained(model, is_trainable=True, **kwargs)

@@ -1,6 +1,7 @@
 """The users of a dataset: found, checked and counted before training starts."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 from datasets import Dataset, Features, IterableDataset
 from datasets.features.features import Value
@@ -9,7 +10,7 @@ from tqdm.auto import tqdm
 from .users import UserVocab, as_user_id
 
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 def check_user_column(dataset: AnyDataset, column: str, name: str) -> None:

@@ -120,6 +120,7 @@ class UserVocab:
         """
         path = Path(directory) / USERS_FILE
         index = read_json(path)
-        if sorted(index.values(), key=str) != sorted(range(1, len(index) + 1), key=str):
+        user_ids = {row: user_id for user_id, row in index.items()}
+        if set(user_ids) != set(range(1, len(index) + 1)):
             raise ValueError(f"{path} is not a user vocabulary: its rows must be 1 to {len(index)}, each once.")
-        return cls(sorted(index, key=index.__getitem__))
+        return cls(user_ids[row] for row in range(1, len(index) + 1))

@@ -147,7 +147,8 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UserModel":
         """
-        Load a user model of any registered kind from a folder (or a repository) written by `save_pretrained`.
+        Load a user model of any registered kind, from a folder (or a repository) written by `save_pretrained`, or from one
+        with a `user_model/` folder in it.
 
         Raises:
             `FileNotFoundError`: if a file is missing. `ValueError`: if a file is cut off, foreign, of a newer format, of an
@@ -155,7 +156,10 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         """
         directory = Path(pretrained_model_name_or_path)
         if not directory.is_dir():
-            directory = Path(snapshot_download(str(pretrained_model_name_or_path), **kwargs))
+            patterns = [CONFIG_FILE, WEIGHTS_FILE, f"user_model/{CONFIG_FILE}", f"user_model/{WEIGHTS_FILE}"]
+            directory = Path(snapshot_download(str(directory), allow_patterns=patterns, **kwargs))
+        if not (directory / CONFIG_FILE).is_file() and (directory / "user_model").is_dir():
+            directory = directory / "user_model"
         values = read_user_model_config(directory)
         user_model_class = get_user_model_class(values["kind"])
         names = {field.name for field in fields(user_model_class.config_class)}

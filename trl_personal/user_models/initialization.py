@@ -53,6 +53,6 @@ def soft_prompt_drawer(
             rows = sample(1024)
             noise = torch.randn(n, num_virtual_tokens, rows.shape[-1], generator=generator)
             return rows.mean() + rows.std() * noise
-        return sample(n * num_virtual_tokens).unflatten(0, (n, num_virtual_tokens))
+        return sample(n * num_virtual_tokens).view(n, num_virtual_tokens, -1)
 
     return draw

@@ -1,0 +1,82 @@
+"""The arrows between the files of the package, and its public names."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_personal
+
+
+PACKAGE = Path(trl_personal.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "trl_personal.")]
+KNOW_TRL = {"config.py", "trainer.py"}
+ALLOWED = {  # imports from outside the standard library and this package
+    "users.py": set(),
+    "files.py": set(),
+    "user_models": {"torch", "safetensors", "huggingface_hub"},
+    "soft_prompt.py": {"torch"},
+    "evaluation.py": {"torch"},
+    "collator.py": {"torch"},
+    "data": {"datasets", "numpy"},
+}
+
+
+class MarkdownParser(doctest.DocTestParser):
+    """Examples stand in ```python blocks; the fence is no part of the output."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(string.replace("```python", "").replace("```", ""), name)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    outside = {name.split(".")[0] for name in imported(path) if not name.startswith(".")} - set(
+        sys.stdlib_module_names
+    )
+    part = path.relative_to(PACKAGE).parts[0]
+    if part in ALLOWED:
+        assert outside <= ALLOWED[part]
+    if part not in KNOW_TRL | {"cli"}:
+        assert "trl" not in outside
+    inside = {name for name in imported(path) if name.startswith(".")}
+    if part != "__init__.py":
+        assert not [name for name in inside if name.endswith("trainer")]
+
+
+def test_no_grab_bag_modules():
+    assert not [path for path in FILES if path.stem in ("utils", "common", "helpers")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports_and_its_examples_hold(name):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder(parser=MarkdownParser(), exclude_empty=True).find(module, name):
+        runner.run(test)
+    assert runner.failures == 0
+
+
+def test_public_names_are_documented():
+    for name in trl_personal.__all__:
+        value = getattr(trl_personal, name)
+        if callable(value):
+            assert value.__doc__, name
+
+
+def test_package_says_its_version_and_is_typed():
+    assert trl_personal.__version__
+    assert (PACKAGE / "py.typed").exists()

@@ -1,0 +1,208 @@
+"""What cannot work is refused before training starts, with what is wrong, what was found and what to do."""
+
+import logging
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from trl import DPOConfig
+
+from trl_personal import IndividualUserModel, PersonalizedDPOTrainer, UserModelConfig
+
+
+def with_users(preferences, user_ids):
+    return Dataset.from_list([{**row, "user_id": u} for row, u in zip(preferences, user_ids, strict=False)])
+
+
+def test_no_user_column(make_trainer, preferences):
+    dataset = preferences.rename_column("user_id", "worker")
+    with pytest.raises(
+        ValueError,
+        match=r"train dataset has no `user_id` column; found \['chosen', 'prompt', 'rejected', 'worker'\].*user_id_column=",
+    ):
+        make_trainer(trainer_kwargs={"train_dataset": dataset})
+    trainer = make_trainer(user_id_column="worker", trainer_kwargs={"train_dataset": dataset})
+    assert list(trainer.user_vocab) == ["ann", "bo"]
+    with pytest.raises(ValueError, match="eval dataset has no `user_id` column"):
+        make_trainer(trainer_kwargs={"eval_dataset": dataset})
+    with pytest.raises(ValueError, match="held_out dataset has no `user_id` column"):
+        make_trainer(trainer_kwargs={"eval_dataset": {"seen": preferences, "held_out": dataset}})
+    with pytest.raises(ValueError, match="eval dataset has no `user_id` column"):
+        make_trainer().evaluate(dataset)
+
+
+@pytest.mark.parametrize(
+    ("user_ids", "found"),
+    [([1.5, 2.5] * 4, "float64"), ([[1], [2]] * 4, "List"), ([{"id": 1}] * 8, "dict"), ([True, False] * 4, "bool")],
+)
+def test_a_user_column_of_another_type(make_trainer, preferences, user_ids, found):
+    with pytest.raises(
+        TypeError, match=f"Column `user_id` of the train dataset must hold text or integers.*found {found}"
+    ):
+        make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, user_ids)})
+
+
+def test_empty_ids_and_nobody_at_all(make_trainer, preferences):
+    with pytest.raises(ValueError, match="Row 2 of the train dataset, column `user_id`: A user id is an empty text"):
+        make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, ["ann", "bo", "", "ann"])})
+    with pytest.raises(ValueError, match="Row 1 of the eval dataset"):
+        make_trainer(trainer_kwargs={"eval_dataset": with_users(preferences, ["ann", ""])})
+    with pytest.raises(ValueError, match='`None` in every row.*user_model_kind="none"'):
+        make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, [None] * 8)})
+
+
+def test_rows_without_a_user_are_the_generic_users(make_trainer, preferences):
+    trainer = make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, ["ann", None, "bo", None])})
+    assert list(trainer.user_vocab) == ["ann", "bo"]
+
+
+def test_class_labels_count_as_integers(make_trainer, preferences):
+    features = Features({**preferences.features, "user_id": ClassLabel(names=["x", "y"])})
+    dataset = with_users(preferences, [0, 1] * 4).cast(features)
+    assert list(make_trainer(trainer_kwargs={"train_dataset": dataset}).user_vocab) == ["0", "1"]
+
+
+def test_an_empty_dataset(make_trainer, preferences):
+    with pytest.raises(ValueError, match="train dataset has no rows"):
+        make_trainer(trainer_kwargs={"train_dataset": preferences.select([])})
+    with pytest.raises(
+        ValueError, match=r"No row of the train dataset is left: each prompt alone fills `max_length` \(2\)"
+    ):
+        make_trainer(max_length=2)
+
+
+def test_no_dataset_is_trls_error(make_trainer):
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        make_trainer(trainer_kwargs={"train_dataset": None})
+    with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`, got `list`"):
+        make_trainer(trainer_kwargs={"train_dataset": [{"prompt": "a"}]})
+
+
+def test_images_are_not_supported_yet(make_trainer, preferences):
+    dataset = preferences.add_column("images", [[1]] * 8)
+    with pytest.raises(
+        ValueError, match=r"images \(columns \['images'\]\).*not supported yet.*user_model_kind=\"none\""
+    ):
+        make_trainer(trainer_kwargs={"train_dataset": dataset})
+
+
+def test_soft_prompt_beyond_the_models_positions(make_trainer):
+    with pytest.raises(
+        ValueError, match="model has 64 positions.*62 for text and 3 for the soft prompt.*`max_length` to 61"
+    ):
+        make_trainer(max_length=62)
+    make_trainer(max_length=61)
+
+
+def test_a_default_max_length_beyond_the_positions_is_fine_if_the_rows_are_short(make_trainer, preferences):
+    make_trainer(max_length=1024)
+    long = with_users(preferences, ["ann"]).map(lambda row: {"prompt": "yes " * 70})
+    with pytest.raises(ValueError, match="model has 64 positions"):
+        make_trainer(max_length=1024, trainer_kwargs={"train_dataset": long})
+
+
+def test_a_user_model_that_does_not_fit(make_trainer):
+    narrow = IndividualUserModel(UserModelConfig(num_users=2, num_virtual_tokens=3, token_dim=16))
+    with pytest.raises(ValueError, match="soft prompts of width 16.*width 32"):
+        make_trainer(trainer_kwargs={"user_model": narrow})
+    crowded = IndividualUserModel(UserModelConfig(num_users=9, num_virtual_tokens=3, token_dim=32))
+    with pytest.raises(ValueError, match="rows for 9 users, the vocabulary has 2"):
+        make_trainer(trainer_kwargs={"user_model": crowded})
+
+
+def test_two_different_settings(make_trainer):
+    user_model = IndividualUserModel(UserModelConfig(num_users=2, num_virtual_tokens=5, token_dim=32))
+    with pytest.raises(ValueError, match="`num_virtual_tokens` is 3 in the arguments, but 5 in `user_model`"):
+        make_trainer(trainer_kwargs={"user_model": user_model})
+    with pytest.raises(ValueError, match='need a `user_model_kind` other than "none"'):
+        make_trainer(user_model_kind="none", trainer_kwargs={"user_vocab": ["ann"]})
+
+
+@pytest.mark.parametrize("config_class", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompt_learning_is_refused_by_name(make_trainer, config_class):
+    config = config_class(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(
+        ValueError, match=rf"{config_class.__name__} \(prompt learning\) cannot be combined with users"
+    ):
+        make_trainer(trainer_kwargs={"peft_config": config})
+    if config_class is PromptTuningConfig:
+        model = get_peft_model(make_model(), config)
+        with pytest.raises(ValueError, match="PromptTuningConfig"):
+            make_trainer(trainer_kwargs={"model": model, "processing_class": make_tokenizer()})
+
+
+def test_a_missing_pad_token_is_handled_as_trl_does(make_trainer, tokenizer):
+    tokenizer.pad_token = None
+    trainer = make_trainer(trainer_kwargs={"processing_class": tokenizer})
+    assert trainer.processing_class.pad_token == "<eos>"
+    trainer.train()
+
+
+def test_rows_of_users_outside_a_given_vocabulary_are_counted(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING, "trl_personal"):
+        trainer = make_trainer(trainer_kwargs={"user_vocab": ["bo", "cy"]})
+    assert list(trainer.user_vocab) == ["bo", "cy"]
+    assert "4 of 8 rows of the train dataset have a user who is not in `user_vocab`" in caplog.text
+    assert "ann" not in caplog.text
+
+
+def test_no_user_id_in_a_log_line(make_trainer, preferences, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = make_trainer(
+            save_strategy="steps",
+            save_steps=1,
+            trainer_kwargs={"train_dataset": with_users(preferences, ["Person-A", "Person-B"] * 4)},
+        )
+        trainer.train()
+        trainer.save_model()
+    assert "P-DPO with 2 known users" in caplog.text
+    assert "Person" not in caplog.text
+
+
+def test_streams_are_read_once_for_their_users(make_trainer, preferences):
+    stream = preferences.to_iterable_dataset()
+    assert isinstance(stream, IterableDataset)
+    trainer = make_trainer(trainer_kwargs={"train_dataset": stream})
+    assert list(trainer.user_vocab) == ["ann", "bo"]
+    trainer.train()
+
+
+def test_a_plain_config_trains_with_the_default_settings(make_trainer, make_args):
+    trainer = make_trainer(args=make_args(DPOConfig))
+    assert isinstance(trainer, PersonalizedDPOTrainer)
+    assert trainer.user_model.config.num_virtual_tokens == 10
+    trainer.train()
+
+
+def test_no_config_at_all_names_the_folder_as_trl_does(model_dirs, preferences, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="bf16"):  # TRL's default precision needs another machine than this one
+        PersonalizedDPOTrainer(model=model_dirs["gptj"], train_dataset=preferences)
+
+
+def test_an_optimizer_of_the_caller_gets_the_user_model(make_trainer, model_dirs):
+    model = make_model()
+    model.config.name_or_path = model_dirs["gptj"]
+    kwargs = {"model": model, "processing_class": make_tokenizer()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = make_trainer(trainer_kwargs={**kwargs, "optimizers": (optimizer, None)})
+    before = trainer.user_model.generic_prompt.clone()
+    trainer.train()
+    assert not torch.equal(trainer.user_model.generic_prompt, before)
+    model = make_model()
+    model.config.name_or_path = model_dirs["gptj"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match="does not hold the user model's parameters"):
+        make_trainer(trainer_kwargs={**kwargs, "model": model, "optimizers": (optimizer, scheduler)})
+
+
+def test_value_types_of_text_are_all_accepted(make_trainer, preferences):
+    for dtype in ("large_string", "int32", "uint8"):
+        ids = [0, 1] * 4 if "int" in dtype else ["a", "b"] * 4
+        dataset = with_users(preferences, ids)
+        dataset = dataset.cast(Features({**dataset.features, "user_id": Value(dtype)}))
+        assert len(make_trainer(trainer_kwargs={"train_dataset": dataset}).user_vocab) == 2

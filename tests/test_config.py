@@ -1,0 +1,93 @@
+from dataclasses import fields
+
+import pytest
+from trl import DPOConfig, TrlParser
+
+from trl_personal import PersonalizedDPOConfig
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda config_class=PersonalizedDPOConfig, **kwargs: config_class(
+        str(tmp_path), use_cpu=True, bf16=False, **kwargs
+    )
+
+
+def test_defaults_are_the_papers(make):
+    args = make()
+    assert (args.user_model_kind, args.num_virtual_tokens, args.personalization_alpha) == ("individual", 10, 0.5)
+    assert (args.num_clusters, args.soft_prompt_init, args.user_id_column) == (10, "sample_vocab", "user_id")
+    assert args.user_learning_rate is None
+
+
+def test_settings_of_trl_keep_their_defaults(make):
+    ours, theirs = make(), make(DPOConfig)
+    names = {field.name for field in fields(theirs)} - {"logging_dir", "run_name"}
+    assert {name: getattr(ours, name) for name in names if name != "accelerator_config"} == {
+        name: getattr(theirs, name) for name in names if name != "accelerator_config"
+    }
+
+
+def test_a_plain_config_is_taken_over_whole(make):
+    theirs = make(
+        DPOConfig, beta=0.7, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], hub_token="secret", max_length=77
+    )
+    ours = PersonalizedDPOConfig.from_dpo_config(theirs)
+    for field in fields(theirs):
+        if field.init and field.name != "accelerator_config":
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    assert ours.num_virtual_tokens == 10
+    assert PersonalizedDPOConfig.from_dpo_config(ours) is ours
+
+
+def test_every_setting_has_a_help():
+    ours = {field.name: field for field in fields(PersonalizedDPOConfig)}
+    for name in ours.keys() - {field.name for field in fields(DPOConfig)}:
+        assert ours[name].metadata["help"], name
+        assert f"{name} (" in PersonalizedDPOConfig.__doc__, name
+
+
+def test_parses_from_the_command_line(tmp_path):
+    (args,) = TrlParser((PersonalizedDPOConfig,)).parse_args_and_config(
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--user_model_kind",
+            "cluster",
+            "--num_clusters",
+            "4",
+            "--bf16",
+            "False",
+            "--use_cpu",
+        ]
+        + ["--personalization_alpha", "0.3", "--user_learning_rate", "1e-3"]
+    )
+    assert (args.user_model_kind, args.num_clusters) == ("cluster", 4)
+    assert (args.personalization_alpha, args.user_learning_rate) == (0.3, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"personalization_alpha": 1.1}, r"`personalization_alpha` must lie in \[0, 1\], got 1.1"),
+        ({"personalization_alpha": -0.1}, r"`personalization_alpha` must lie in \[0, 1\], got -0.1"),
+        ({"personalization_alpha": float("nan")}, "`personalization_alpha` must lie in"),
+        ({"num_virtual_tokens": 0}, "`num_virtual_tokens` must be at least 1, got 0"),
+        ({"num_virtual_tokens": -3}, "`num_virtual_tokens` must be at least 1, got -3"),
+        ({"num_clusters": 0}, "`num_clusters` must be at least 1, got 0"),
+        (
+            {"user_model_kind": "mystery"},
+            r"no user model of kind 'mystery'. Known kinds: \['cluster', 'individual', 'point'\]",
+        ),
+        ({"soft_prompt_init": "zeros"}, "`soft_prompt_init` must be one of .*got 'zeros'"),
+        ({"soft_prompt_init": "text"}, '`soft_prompt_init_text` and `soft_prompt_init="text"` go together'),
+        (
+            {"soft_prompt_init_text": "Write briefly."},
+            '`soft_prompt_init_text` and `soft_prompt_init="text"` go together',
+        ),
+        ({"user_learning_rate": -1.0}, "`user_learning_rate` must not be negative"),
+    ],
+)
+def test_bad_settings_are_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)

@@ -1,0 +1,69 @@
+"""Every family of language models: conditioning, no users, and generation, with no code of its own."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from families import SIZES, make_family
+
+from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
+
+
+NUM_VIRTUAL_TOKENS = 3
+PROMPTS = ["<bos> please write a story the end", "short", "<bos> i like dogs", "yes no yes no"]
+USERS = ["ann", "bo", "cy", "ann"]
+
+
+def personalize(model):
+    torch.manual_seed(5)
+    width = model.get_input_embeddings().weight.shape[1]
+    user_model = IndividualUserModel(UserModelConfig(3, NUM_VIRTUAL_TOKENS, width))
+    scale = model.get_input_embeddings()(torch.arange(19)).std()
+    user_model.generic_prompt.data.normal_(std=scale.item())
+    user_model.user_offsets.weight.data[1:].normal_(std=scale.item())
+    attach_user_model(model, user_model, UserVocab(["ann", "bo", "cy"]))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(params=sorted(SIZES))
+def family(request):
+    return request.param
+
+
+def test_conditioning_equals_embeddings_concatenated_by_hand(family):
+    plain = make_family(family)
+    model = personalize(copy.deepcopy(plain))
+    ids = torch.tensor([[1, 7, 8, 9, 10, 11, 3, 4], [5, 6, 7, 8, 9, 10, 11, 12], [1, 4, 5, 6, 0, 0, 0, 0]])
+    mask = ids.ne(0).long()
+    users = torch.tensor([1, 2, 0])
+    logits = model(input_ids=ids, attention_mask=mask, user_indices=users).logits
+    for row, user in enumerate(users):
+        tokens = ids[row][mask[row].bool()]
+        embeds = plain.get_input_embeddings()(tokens)
+        soft_prompt = model.user_model.generic_prompt + model.user_model.user_offsets.weight[user].view(
+            NUM_VIRTUAL_TOKENS, -1
+        )
+        position = int(tokens[0] == 1)
+        embeds = torch.cat([embeds[:position], soft_prompt, embeds[position:]])
+        by_hand = plain(inputs_embeds=embeds[None]).logits[0]
+        keep = [t if t + 1 < position else t + NUM_VIRTUAL_TOKENS for t in range(len(tokens))]
+        torch.testing.assert_close(logits[row][: len(tokens)], by_hand[keep], rtol=1e-5, atol=1e-4)
+
+
+def test_without_users_it_is_the_plain_model_bit_for_bit(family):
+    plain = make_family(family)
+    model = personalize(copy.deepcopy(plain))
+    ids = torch.tensor([[1, 7, 8, 9], [5, 6, 7, 8]])
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_batched_generation_equals_one_by_one(family):
+    model, tokenizer = personalize(make_family(family)), make_tokenizer()
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 1.3}
+    together = model.generate(**batch, user_ids=USERS, **options)[:, -8:]
+    for row, (prompt, user) in enumerate(zip(PROMPTS, USERS, strict=True)):
+        alone = model.generate(**tokenizer([prompt], return_tensors="pt"), user_ids=user, **options)[0, -8:]
+        assert torch.equal(together[row], alone), prompt

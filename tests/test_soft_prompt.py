@@ -1,0 +1,181 @@
+"""Conditioning equals embeddings concatenated by hand, and outputs stay aligned with the caller's ids."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CONFIGS, make_model
+from peft import LoraConfig, get_peft_model
+
+from trl_personal import (
+    IndividualUserModel,
+    UserModelConfig,
+    UserVocab,
+    attach_user_model,
+    detach_user_model,
+)
+from trl_personal.soft_prompt import insert_position_ids, source_columns
+
+
+NUM_VIRTUAL_TOKENS = 3
+BOS = 1
+
+
+def make_user_model(token_dim=32, seed=5):
+    torch.manual_seed(seed)
+    user_model = IndividualUserModel(UserModelConfig(2, NUM_VIRTUAL_TOKENS, token_dim))
+    user_model.user_offsets.weight.data[1:].normal_()
+    user_model.generic_prompt.data.normal_()
+    return user_model
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def personalized(model):
+    model = copy.deepcopy(model)
+    attach_user_model(model, make_user_model(), UserVocab(["ann", "bo"]))
+    return model
+
+
+# rows with and without BOS, padded right, left, and not at all
+BATCH = {
+    "input_ids": torch.tensor(
+        [[BOS, 5, 6, 7, 0], [0, 0, BOS, 8, 9], [5, 6, 7, 8, 9], [0, 6, 7, 3, 4], [BOS, 5, BOS, 6, 0]]
+    ),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+}
+USERS = torch.tensor([1, 2, 0, 2, 1])
+
+
+def logits_by_hand(model, user_model, ids, user):
+    """One row without padding: logits at the positions that predict `ids[1:]`, then the next token."""
+    embeds = model.get_input_embeddings()(ids)
+    soft_prompt = user_model.generic_prompt + user_model.user_offsets.weight[user].view(NUM_VIRTUAL_TOKENS, -1)
+    position = 1 if ids[0] == BOS else 0
+    embeds = torch.cat([embeds[:position], soft_prompt, embeds[position:]])
+    logits = model(inputs_embeds=embeds[None]).logits[0]
+    keep = [t if t + 1 < position else t + NUM_VIRTUAL_TOKENS for t in range(len(ids))]
+    return logits[keep]
+
+
+@pytest.mark.parametrize("side", ["right", "none"])
+def test_equals_embeddings_concatenated_by_hand(model, personalized, side):
+    rows = [0, 4] if side == "right" else [2]  # left padding moves positions: see the test with position ids
+    batch = {name: values[rows] for name, values in BATCH.items()}
+    logits = personalized(**batch, user_indices=USERS[rows]).logits
+    assert logits.shape[:2] == batch["input_ids"].shape
+    for row, original in enumerate(rows):
+        mask = batch["attention_mask"][row].bool()
+        expected = logits_by_hand(model, personalized.user_model, batch["input_ids"][row][mask], USERS[original])
+        torch.testing.assert_close(logits[row][mask], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_left_padded_rows_with_position_ids_equal_the_rows_alone(model, personalized):
+    position_ids = (BATCH["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = personalized(**BATCH, position_ids=position_ids, user_indices=USERS).logits
+    for row in range(len(USERS)):
+        mask = BATCH["attention_mask"][row].bool()
+        expected = logits_by_hand(model, personalized.user_model, BATCH["input_ids"][row][mask], USERS[row])
+        torch.testing.assert_close(logits[row][mask], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_users_it_is_the_plain_model_bit_for_bit(model, personalized):
+    assert torch.equal(personalized(**BATCH).logits, model(**BATCH).logits)
+    assert torch.equal(personalized(**BATCH, user_indices=None).logits, model(**BATCH).logits)
+
+
+def test_a_call_without_users_after_one_with_users_is_plain_again(model, personalized):
+    personalized(**BATCH, user_indices=USERS)
+    assert torch.equal(personalized(**BATCH).logits, model(**BATCH).logits)
+
+
+def test_a_failed_call_leaves_nothing_behind(model, personalized):
+    with pytest.raises(ValueError, match="one user per row"):
+        personalized(**BATCH, user_indices=USERS[:2])
+    assert torch.equal(personalized(**BATCH).logits, model(**BATCH).logits)
+
+
+def test_labels_need_no_shift(model, personalized):
+    labels = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -100)
+    outputs = personalized(**BATCH, labels=labels, user_indices=USERS)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_hidden_states_and_attentions_show_no_virtual_token(personalized):
+    personalized.set_attn_implementation("eager")
+    outputs = personalized(**BATCH, user_indices=USERS, output_hidden_states=True, output_attentions=True)
+    assert {layer.shape for layer in outputs.hidden_states} == {(5, 5, 32)}
+    assert {layer.shape for layer in outputs.attentions} == {(5, 4, 5, 5)}
+    assert torch.equal(personalized.get_output_embeddings()(outputs.hidden_states[-1]), outputs.logits)
+
+
+def test_gradients_reach_only_the_users_in_the_batch(personalized):
+    personalized(**BATCH, user_indices=torch.tensor([2, 2, 0, 0, 2])).logits.square().sum().backward()
+    gradient = personalized.user_model.user_offsets.weight.grad
+    assert gradient[2].abs().sum() > 0
+    assert gradient[[0, 1]].abs().sum() == 0
+
+
+def test_soft_prompt_is_cast_to_the_embeddings_and_stays_float32(model):
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    attach_user_model(model, make_user_model(), UserVocab(["ann", "bo"]))
+    assert model(**BATCH, user_indices=USERS).logits.dtype == torch.bfloat16
+    assert {p.dtype for p in model.user_model.parameters()} == {torch.float32}
+
+
+def test_peft_model_is_conditioned_too(model):
+    expected = copy.deepcopy(model)
+    attach_user_model(expected, make_user_model(), UserVocab(["ann", "bo"]))
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    attach_user_model(peft_model, make_user_model(), UserVocab(["ann", "bo"]))
+    torch.testing.assert_close(
+        peft_model(**BATCH, user_indices=USERS).logits, expected(**BATCH, user_indices=USERS).logits
+    )
+    merged = peft_model.merge_and_unload()
+    assert torch.equal(merged(**BATCH, user_indices=USERS).logits, expected(**BATCH, user_indices=USERS).logits)
+
+
+def test_a_copy_has_a_user_model_of_its_own(personalized):
+    copied = copy.deepcopy(personalized)
+    before = personalized(**BATCH, user_indices=USERS).logits
+    assert torch.equal(copied(**BATCH, user_indices=USERS).logits, before)
+    copied.user_model.generic_prompt.data.zero_()
+    assert torch.equal(personalized(**BATCH, user_indices=USERS).logits, before)
+    assert not torch.equal(copied(**BATCH, user_indices=USERS).logits, before)
+
+
+def test_the_object_keeps_its_type_and_detaching_undoes_everything(model):
+    names, cls = set(model.state_dict()), type(model)
+    user_model, vocab = make_user_model(), UserVocab(["ann", "bo"])
+    attach_user_model(model, user_model, vocab)
+    assert isinstance(model, cls)
+    assert type(model).__name__ == cls.__name__
+    assert set(model.state_dict()) > names
+    assert detach_user_model(model) == (user_model, vocab)
+    assert type(model) is cls
+    assert set(model.state_dict()) == names
+    with pytest.raises(ValueError, match="no user model attached"):
+        detach_user_model(model)
+
+
+def test_position_ids_count_on_through_the_soft_prompt():
+    positions = torch.tensor([0, 1, 2])
+    position_ids = torch.arange(2).expand(3, 2)
+    inserted = insert_position_ids(position_ids, positions, *source_columns(positions, 2, 3))
+    assert torch.equal(inserted, torch.arange(5).expand(3, 5))
+
+
+def test_attaching_twice_or_what_does_not_fit_is_refused(personalized, model):
+    with pytest.raises(ValueError, match="has a user model already"):
+        attach_user_model(personalized, make_user_model(), UserVocab(["ann", "bo"]))
+    with pytest.raises(ValueError, match="soft prompts of width 16.*width 32.*token_dim=32"):
+        attach_user_model(model, make_user_model(token_dim=16), UserVocab(["ann", "bo"]))
+    with pytest.raises(ValueError, match="rows for 2 users, the vocabulary has 1"):
+        attach_user_model(model, make_user_model(), UserVocab(["ann"]))
+    with pytest.raises(ValueError, match="Linear is no decoder-only language model"):
+        attach_user_model(torch.nn.Linear(2, 2), make_user_model(), UserVocab(["ann", "bo"]))

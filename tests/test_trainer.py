@@ -1,0 +1,166 @@
+"""Training and evaluation as a whole: who learns, what is optimized, what is logged."""
+
+import pytest
+import torch
+from conftest import CONFIGS, KINDS
+from datasets import Dataset
+
+from trl_personal import PersonalizedDPOTrainer
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_conflicting_users_are_told_apart(make_trainer, preferences, family, kind, lora):
+    """Every pair occurs with both orders, so a model that does not know users is at one half."""
+    trainer = make_trainer(
+        family,
+        lora,
+        user_model_kind=kind,
+        num_clusters=3,
+        max_steps=40,
+        learning_rate=0.02,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=3,
+        beta=0.5,
+        lr_scheduler_type="constant",
+        trainer_kwargs={"eval_dataset": preferences},
+    )
+    start = {name: tensor.clone() for name, tensor in trainer.user_model.state_dict().items()}
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_users/accuracy_mean"] == 1.0
+    assert metrics["eval_users/accuracy_worst"] == 1.0
+    assert metrics["eval_users/accuracy_swapped"] <= 0.25
+    assert metrics["eval_generic/rewards/accuracies"] == pytest.approx(0.5, abs=0.26)
+    assert all(not torch.equal(start[name], tensor) for name, tensor in trainer.user_model.state_dict().items())
+
+
+def test_a_user_without_rows_keeps_an_offset_of_exactly_zero(make_trainer):
+    trainer = make_trainer(max_steps=5, weight_decay=0.5, trainer_kwargs={"user_vocab": ["ann", "nobody", "bo"]})
+    trainer.train()
+    offsets = trainer.user_model.user_offsets.weight
+    assert torch.equal(offsets[[0, 2]], torch.zeros_like(offsets[[0, 2]]))
+    assert offsets[1].abs().sum() > 0
+    assert offsets[3].abs().sum() > 0
+
+
+def test_user_model_has_an_optimizer_group_of_its_own(make_trainer):
+    trainer = make_trainer(learning_rate=1e-3, user_learning_rate=0.5, weight_decay=0.1)
+    trainer.create_optimizer()
+    *others, own = trainer.optimizer.param_groups
+    assert {id(p) for p in own["params"]} == {id(p) for p in trainer.user_model.parameters()}
+    assert (own["lr"], own["weight_decay"]) == (0.5, 0.0)
+    assert {group["lr"] for group in others} == {1e-3}
+    everything = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_user_learning_rate_of_zero_freezes_the_users(make_trainer):
+    trainer = make_trainer(user_learning_rate=0.0)
+    before = trainer.user_model.generic_prompt.clone()
+    weight = trainer.model.get_input_embeddings().weight.clone()
+    trainer.train()
+    assert torch.equal(trainer.user_model.generic_prompt, before)
+    assert not torch.equal(trainer.model.get_input_embeddings().weight, weight)
+
+
+def test_initial_prompt_is_vocabulary_rows_by_seed(make_trainer):
+    prompts = [make_trainer(seed=seed).user_model.generic_prompt.detach() for seed in (1, 1, 2)]
+    assert torch.equal(prompts[0], prompts[1])
+    assert not torch.equal(prompts[0], prompts[2])
+    rows = make_trainer().model.get_input_embeddings().weight
+    assert all((rows == row).all(dim=1).any() for row in prompts[0])
+
+
+def test_initial_prompt_from_a_text(make_trainer):
+    trainer = make_trainer(soft_prompt_init="text", soft_prompt_init_text="please write")
+    rows = trainer.model.get_input_embeddings().weight
+    assert torch.equal(trainer.user_model.generic_prompt, rows[[6, 7, 6]])
+
+
+def test_two_runs_are_equal(make_trainer):
+    runs = [make_trainer("llama", lora=True) for _ in range(2)]
+    for trainer in runs:
+        trainer.train()
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_evaluation_metrics_are_means_over_users(make_trainer, preferences):
+    """Four pairs of `ann`, one of `bo`, one of a stranger, in batches of two: macro over the two known users."""
+    trainer = make_trainer(beta=0.5, max_steps=20, learning_rate=0.02, per_device_eval_batch_size=2)
+    trainer.train()
+    rows = [*preferences.select([0, 2, 4, 6])]
+    flipped = {**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
+    dataset = Dataset.from_list([*rows[:3], flipped, preferences[1], {**flipped, "user_id": "stranger"}])
+    metrics = trainer.evaluate(dataset)
+    assert metrics["eval_users/accuracy_mean"] == pytest.approx((3 / 4 + 1) / 2)
+    assert metrics["eval_users/accuracy_worst"] == pytest.approx(3 / 4)
+    assert metrics["eval_users/accuracy_swapped"] == pytest.approx((1 / 4 + 0) / 2)
+    names = {name for log in trainer.state.log_history for name in log}
+    assert not [name for name in names if "ann" in name or "bo" in name.split("/")]
+
+
+def test_swapped_accuracy_needs_two_users(make_trainer, preferences):
+    one = preferences.filter(lambda row: row["user_id"] == "ann")
+    metrics = make_trainer(trainer_kwargs={"train_dataset": one}).evaluate(preferences)
+    assert "eval_users/accuracy_swapped" not in metrics
+    assert "eval_users/accuracy_mean" in metrics
+
+
+def test_no_user_metric_when_all_are_strangers(make_trainer, preferences):
+    strangers = preferences.map(lambda row: {"user_id": row["user_id"] + "?"})
+    metrics = make_trainer().evaluate(strangers)
+    assert not [name for name in metrics if "users/" in name]
+    assert metrics["eval_rewards/accuracies"] == metrics["eval_generic/rewards/accuracies"]
+
+
+def test_several_evaluation_sets(make_trainer, preferences):
+    trainer = make_trainer(trainer_kwargs={"eval_dataset": {"one": preferences, "two": preferences.select(range(4))}})
+    metrics = trainer.evaluate()
+    assert {"eval_one_loss", "eval_two_loss"} <= set(metrics)
+    assert {"eval_users/accuracy_mean"} <= set(metrics) or {"eval_one_users/accuracy_mean"} <= set(metrics)
+
+
+def test_best_model_may_be_chosen_by_a_user_metric(make_trainer, preferences):
+    trainer = make_trainer(
+        eval_strategy="steps", eval_steps=1, save_strategy="best", metric_for_best_model="users/accuracy_worst",
+        greater_is_better=True, trainer_kwargs={"eval_dataset": preferences},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_none_has_no_extra_metric_no_user_folder_and_needs_no_column(make_trainer, preferences, tmp_path):
+    trainer = make_trainer(
+        user_model_kind="none", trainer_kwargs={"train_dataset": preferences.remove_columns("user_id")}
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final/user_model").exists()
+    assert not [name for log in trainer.state.log_history for name in log if "generic" in name or "users" in name]
+    assert "users/accuracy_mean" not in trainer.evaluate(preferences)
+    assert isinstance(trainer, PersonalizedDPOTrainer)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_trainer):
+    runs = [make_trainer("llama", optim="sgd", gradient_checkpointing=on) for on in (False, True)]
+    for trainer in runs:
+        trainer.train()
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_compute_metrics_sees_logits_aligned_with_the_ids(make_trainer, preferences):
+    shapes = []
+
+    def compute_metrics(prediction):
+        shapes.append((prediction.predictions.shape[:2], prediction.label_ids.shape))
+        return {"seen": 1.0}
+
+    trainer = make_trainer(per_device_eval_batch_size=8, trainer_kwargs={"compute_metrics": compute_metrics})
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        metrics = trainer.evaluate(preferences)
+    assert metrics["eval_seen"] == 1.0
+    assert shapes[0][0] == shapes[0][1]

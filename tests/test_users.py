@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from trl_personal import GENERIC_USER_INDEX, UserVocab
+
+
+def test_rows_follow_the_given_order_after_the_generic_user():
+    vocab = UserVocab(["bo", "ann"])
+    assert vocab.encode(["bo", "ann"]) == [1, 2]
+    assert list(vocab) == ["bo", "ann"]
+    assert len(vocab) == 2
+
+
+def test_unknown_and_missing_users_are_the_generic_user():
+    assert UserVocab(["ann"]).encode(["nobody", None]) == [GENERIC_USER_INDEX] * 2
+
+
+def test_integer_ids_are_kept_as_text():
+    vocab = UserVocab([7, "8"])
+    assert vocab.encode(["7", 7, 8]) == [1, 1, 2]
+    assert 7 in vocab
+    assert vocab.decode([1, 2, 0]) == ["7", "8", None]
+
+
+def test_zero_is_a_user_and_not_the_generic_one():
+    assert UserVocab([0]).encode([0]) == [1]
+
+
+def test_extending_appends_new_users_and_moves_nobody():
+    vocab = UserVocab(["ann", "bo"]).extend(["bo", "cy", "cy", "dee"])
+    assert list(vocab) == ["ann", "bo", "cy", "dee"]
+
+
+def test_save_and_load_keep_rows(tmp_path):
+    vocab = UserVocab(["zoë", "1", "a b"])
+    vocab.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "users.json").read_text()) == {"zoë": 1, "1": 2, "a b": 3}
+    assert UserVocab.from_pretrained(tmp_path) == vocab
+
+
+def test_repr_names_nobody():
+    assert repr(UserVocab(["ann"])) == "UserVocab(num_users=1)"
+
+
+@pytest.mark.parametrize(
+    ("user_ids", "error", "message"),
+    [
+        (["ann", "ann"], ValueError, "'ann' occurs twice"),
+        ([7, "7"], ValueError, "'7' occurs twice"),
+        ([""], ValueError, "empty text"),
+        ([None], ValueError, "known users only"),
+        ([1.5], TypeError, "text or an integer .* found float"),
+        ([True], TypeError, "found bool"),
+        ([["ann"]], TypeError, "found list"),
+    ],
+)
+def test_bad_ids_are_refused(user_ids, error, message):
+    with pytest.raises(error, match=message):
+        UserVocab(user_ids)
+
+
+def test_a_vocabulary_with_a_hole_is_refused(tmp_path):
+    (tmp_path / "users.json").write_text('{"ann": 1, "bo": 3}')
+    with pytest.raises(ValueError, match="rows must be 1 to 2"):
+        UserVocab.from_pretrained(tmp_path)
