@@ -1,9 +1,11 @@
 """One CPU thread, no network, tiny models from configs, eight preferences of two users."""
 
 import os
+import tempfile
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
 import importlib.util
 import logging

@@ -13,6 +13,7 @@ from trl_personal import PersonalizedDPOTrainer
 
 
 OVERRIDDEN = [
+    "_precompute_ref_logps",
     "_load_best_model",
     "_load_from_checkpoint",
     "_set_signature_columns_if_needed",
@@ -68,6 +69,7 @@ def test_upstream_calls_our_overrides(make_trainer, preferences, monkeypatch):
     }  # fmt: skip
     make_trainer(**settings).train()
     make_trainer(**settings | {"max_steps": 3}).train(resume_from_checkpoint=True)
+    make_trainer(precompute_ref_log_probs=True)
     assert set(calls) == set(OVERRIDDEN), f"no longer called: {set(OVERRIDDEN) - set(calls)}"
 
 

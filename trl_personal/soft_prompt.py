@@ -207,8 +207,8 @@ class SoftPromptInsertion:
         if self._user_indices is not None:
             self._user_indices = None
             raise RuntimeError(
-                f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. Please "
-                "report the model."
+                f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. "
+                "Please report the model."
             )
 
     def _insert(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

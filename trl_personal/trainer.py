@@ -1,5 +1,6 @@
 """[`~trl.DPOTrainer`] in which each preference belongs to a user."""
 
+import copy
 import logging
 import textwrap
 from collections import defaultdict
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    is_caching_enabled,
+    load_from_disk,
+)
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -23,7 +32,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SyncRefModelCallback
 
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizedDPOConfig
@@ -42,6 +51,7 @@ from .modeling import (
     is_personalized,
     load_user_model,
 )
+from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
 from .user_column import check_user_column, collect_users, iterate_user_ids
 from .user_models import UserModel, get_user_model_class
 from .user_models.initialization import soft_prompt_drawer
@@ -52,6 +62,18 @@ logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 EvalDatasets: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
+
+
+class SyncPlainRefModelCallback(SyncRefModelCallback):
+    """[`~trl.SyncRefModelCallback`] that leaves the user model out: the reference policy has none."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sync the reference with all parts of the model but its users."""
+        model = kwargs.pop("model")
+        if self.accelerator is not None:
+            model = self.accelerator.unwrap_model(model)
+        plain = nn.ModuleList(part for name, part in model.named_children() if name != "user_model")
+        super().on_step_end(args, state, control, model=plain, **kwargs)
 
 
 class PersonalizedDPOTrainer(DPOTrainer):
@@ -123,6 +145,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
         has_settings = isinstance(args, PersonalizedDPOConfig)
         args = _personalized_args(args, model)
         self.user_model, self.user_vocab = None, None
+        self._reference_fingerprint: str | None = None
         personalized = args.user_model_kind != "none"
         if personalized:
             _refuse_prompt_learning(model, peft_config)
@@ -131,6 +154,9 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 _check_settings(args, known[0], "the user model in `model`")
             user_model, vocab = _choose_users(args, train_dataset, user_vocab, user_model, known)
             _check_eval_users(args, eval_dataset)
+            checkpointing = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
+            if checkpointing.get("use_reentrant") and args.ddp_static_graph is None:
+                args.ddp_static_graph = True  # DDP refuses two policy passes before a backward pass otherwise
         elif user_model is not None or user_vocab is not None:
             raise ValueError('`user_model` and `user_vocab` need a `user_model_kind` other than "none".')
 
@@ -167,6 +193,9 @@ class PersonalizedDPOTrainer(DPOTrainer):
             self.data_collator = DataCollatorForPersonalizedPreference(
                 self.data_collator, user_vocab, self.args.user_id_column
             )
+        if self.args.sync_ref_model:
+            self.pop_callback(SyncRefModelCallback)
+            self.add_callback(SyncPlainRefModelCallback(self.ref_model or self.model, self.accelerator))
         if self.optimizer is not None:
             _add_to_optimizer(self.optimizer, self.lr_scheduler, self._user_group(user_model))
         logger.info("P-DPO with %d known users, user model %r.", len(user_vocab), user_model.kind)
@@ -242,6 +271,26 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 other["params"] = [p for p in other["params"] if id(p) not in user_parameters]
             optimizer.add_param_group(group)
         return optimizer
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """As in TRL, under a key of what the reference depends on: its weights and the tokens, but no setting of users."""
+        if self.args.user_model_kind == "none" or not isinstance(dataset, Dataset) or not is_caching_enabled():
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self._reference_fingerprint is None:
+            self._reference_fingerprint = reference_fingerprint(self.ref_model, self.model)
+        self._precompute_model_hash = self._reference_fingerprint
+        key = rows_fingerprint(dataset, (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha))
+        tokens = copy.copy(dataset)
+        if not dataset.cache_files:
+            folder = tokens_on_disk(key)
+            if self.accelerator.is_main_process:
+                keep_tokens(dataset, folder)
+            self.accelerator.wait_for_everyone()
+            tokens = load_from_disk(folder)
+        tokens._fingerprint = key
+        scored = super()._precompute_ref_logps(tokens, name, batch_size)
+        log_probs = scored.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
+        return concatenate_datasets([dataset, log_probs], axis=1)
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
