@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 
 from trl_personal.data.generic import load_generic
 from trl_personal.data.splits import HeldOut
@@ -340,6 +341,42 @@ def test_stream_equals_file_and_counts_the_same(write):
     assert list(stream["train"].shuffle(seed=1, buffer_size=50)) != plain["train"].to_list()
     assert len(reports) == 4
     assert stream["train"].features == plain["train"].features
+
+
+@pytest.fixture
+def four_shards(write, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for k in range(4):
+        write([pair(user=i % 3, prompt=f"p{k} {i}") for i in range(30)], f"shards/{k}.jsonl")
+    return tmp_path / "shards"
+
+
+def test_a_stream_reports_shard_by_shard(four_shards):
+    plain, report = load(four_shards, test_size=0.2)
+    reports = []
+    stream = load_generic(four_shards, test_size=0.2, streaming=True, on_report=reports.append)
+    assert stream["train"].num_shards == 4
+    assert list(stream["train"]) == plain["train"].to_list()
+    assert [each.rows_read for each in reports] == [30] * 4
+    assert sum(each.pairs["test"] for each in reports) == report.pairs["test"]
+
+
+def test_every_pair_of_a_stream_reaches_one_worker_of_a_data_loader(four_shards):
+    stream = load_generic(four_shards, test_size=0.2, streaming=True)["train"]
+    prompts = [prompt for batch in DataLoader(stream, num_workers=2, batch_size=8) for prompt in batch["prompt"]]
+    assert sorted(prompts) == sorted(row["prompt"] for row in stream)
+    assert len(prompts) > 80
+
+
+def test_a_stream_goes_on_where_it_stopped(four_shards):
+    stream = load_generic(four_shards, test_size=0.2, streaming=True)["train"]
+    iterator = iter(stream)
+    for _ in range(40):
+        next(iterator)
+    state = stream.state_dict()
+    rest = list(iterator)
+    stream.load_state_dict(state)
+    assert list(stream) == rest
 
 
 def test_same_file_same_options_same_rows(write):

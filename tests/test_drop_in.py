@@ -75,9 +75,9 @@ def pair_loss(loss_type, policy, reference, s=0.0, kind="reverse_kl", ld_alpha=N
     if ld_alpha is not None:
         shared = min(len(tokens) for tokens in policy)
         weight = [torch.where(torch.arange(len(w)) < shared, w, ld_alpha * w) for w in weight]
-    w, l = ((p * v).sum() for p, v in zip(policy, weight, strict=True))
+    w, lo = ((p * v).sum() for p, v in zip(policy, weight, strict=True))  # winner and loser
     rw, rl = ((p * v).sum() for p, v in zip(reference, weight, strict=True))
-    cw, cl = divergence(w - rw, kind), divergence(l - rl, kind)
+    cw, cl = divergence(w - rw, kind), divergence(lo - rl, kind)
     x = BETA * (cw - cl)
     nw, nl = len(policy[0]), len(policy[1])
     log, sig = F.logsigmoid, torch.sigmoid
@@ -91,17 +91,17 @@ def pair_loss(loss_type, policy, reference, s=0.0, kind="reverse_kl", ld_alpha=N
         case "exo_pair":
             return sig(x) * (log(x) - math.log(1 - s)) + sig(-x) * (log(-x) - math.log(s))
         case "nca_pair":
-            return -log(BETA * (w - rw)) - 0.5 * log(-BETA * (w - rw)) - 0.5 * log(-BETA * (l - rl))
+            return -log(BETA * (w - rw)) - 0.5 * log(-BETA * (w - rw)) - 0.5 * log(-BETA * (lo - rl))
         case "robust":
             return (-(1 - s) * log(x) + s * log(-x)) / (1 - 2 * s)
         case "bco_pair":
-            return -log(BETA * (w - rw)) - log(-BETA * (l - rl))
+            return -log(BETA * (w - rw)) - log(-BETA * (lo - rl))
         case "sppo_hard":
-            return (w - rw - 0.5 / BETA) ** 2 + (l - rl + 0.5 / BETA) ** 2
+            return (w - rw - 0.5 / BETA) ** 2 + (lo - rl + 0.5 / BETA) ** 2
         case "aot" | "aot_unpaired":
             return -log(x) * (1 - s) - log(-x) * s
         case "apo_zero":
-            return 1 - sig(BETA * (w - rw)) + sig(BETA * (l - rl))
+            return 1 - sig(BETA * (w - rw)) + sig(BETA * (lo - rl))
         case "apo_down":
             return sig(BETA * (w - rw)) + 1 - sig(x)
         case "discopop":
@@ -159,10 +159,10 @@ def test_losses_that_sort_a_batch_sort_each_term(make_trainer, loss_type):
     expected = 0.0
     for users, share in (([1, 0, 0, 2], 0.3), ([0] * 4, 0.7)):
         sums = [by_hand(trainer, e, u)[:2] for e, u in zip(examples, users, strict=True)]
-        w, l, rw, rl = (
+        w, lo, rw, rl = (
             torch.stack([row[i][j].sum() for row in sums]) for i, j in ((0, 0), (0, 1), (1, 0), (1, 1))
         )  # fmt: skip
-        pairs = (w - l, rw - rl) if loss_type == "aot" else (w - rw, l - rl)
+        pairs = (w - lo, rw - rl) if loss_type == "aot" else (w - rw, lo - rl)
         delta = pairs[0].sort().values - pairs[1].sort().values
         expected = expected + share * -F.logsigmoid(BETA * delta).mean()
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-5, atol=1e-6)

@@ -101,7 +101,7 @@ def test_saved_qlora_loads_in_any_precision(make_qlora, tmp_path, name):
     ids, users = torch.tensor([[1, 4, 5]]), torch.tensor([1])
     trainer.model.eval()
     expected = trainer.model(ids, user_indices=users).logits.float()
-    # bitsandbytes rounds activations in its 8-bit layers, and packs 4-bit weights for the CPU at the first call without gradients
+    # bitsandbytes rounds activations in 8-bit layers, and packs 4-bit weights for the CPU once no gradient is wanted
     torch.testing.assert_close(quantized(ids, user_indices=users).logits.float(), expected, rtol=2e-2, atol=0.2)
     for model in (quantized, plain):
         for key, tensor in trainer.user_model.state_dict().items():

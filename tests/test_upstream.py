@@ -23,6 +23,7 @@ OVERRIDDEN = [
     "create_optimizer",
     "evaluate",
     "log",
+    "save_model",
     "train",
 ]
 

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -140,7 +141,7 @@ class PersonalizedSaving:
             if (target / "README.md").is_file():  # PEFT adds to the card that is there
                 shutil.copy(target / "README.md", staging)
             save(str(staging), *args, is_main_process=True, state_dict=state_dict, **kwargs)
-            _save_user_model(self, staging, user_state)  # type: ignore[arg-type]
+            save_user_model(self, staging, user_state)  # type: ignore[arg-type]
             written = weight_files(staging)
         if any(name.startswith("model") for name in written):
             for name in weight_files(target) - written:  # shards of an earlier save, or the adapter before a merge
@@ -322,7 +323,27 @@ def user_model_prefix(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if isinstance(module, UserModel)) + "."
 
 
-def _save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None) -> None:
+def full_user_state(user_model: UserModel) -> dict[str, Tensor]:
+    """The weights of a user model, gathered from the ranks of FSDP2 if they are sharded; every rank must call it."""
+    state = user_model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+@torch.no_grad()
+def set_user_state(user_model: UserModel, state: dict[str, Tensor]) -> None:
+    """Copy weights into a user model, to each rank of FSDP2 its shard if they are sharded."""
+    for name, parameter in user_model.state_dict().items():
+        value = state[name].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
+
+
+def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """
+    Write `user_model/` into `directory`, with fingerprints of the weights that are there. `state_dict` replaces the user
+    model's own, for weights gathered from other processes.
+    """
     causal_lm = get_causal_lm(model)
     folder = directory / USER_MODEL_FOLDER
     causal_lm.user_vocab.save_pretrained(folder)
@@ -387,7 +408,7 @@ def _check_fit(causal_lm: Any, user_model: UserModel, user_vocab: UserVocab) -> 
         )
     if causal_lm.get_decoder() is causal_lm:
         raise ValueError(f"{type(causal_lm).__name__} has no decoder below its LM head to insert soft prompts in.")
-    width = causal_lm.get_input_embeddings().weight.shape[-1]
+    width = causal_lm.get_input_embeddings().embedding_dim
     if user_model.config.token_dim != width:
         raise ValueError(
             f"The user model makes soft prompts of width {user_model.config.token_dim}, the token embeddings of "

@@ -74,7 +74,9 @@ def _draw_user(
     spread = [position + 0.5 * (i / max(1, len(lengths) - 1) - 0.5) for i in range(len(lengths))]
     axes.scatter(spread, lengths, s=7, color=color, alpha=0.8, linewidths=0, label="one answer")
     if chosen_length is not None:
-        axes.scatter(position, chosen_length, marker="D", s=26, color="black", zorder=3, label="mean of chosen answers")
+        axes.scatter(
+            position, chosen_length, marker="D", s=26, color="black", zorder=3, label="mean of chosen answers"
+        )
 
 
 def _add_legend(axes: Axes) -> None:

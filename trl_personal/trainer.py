@@ -5,7 +5,7 @@ import logging
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,6 +32,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, SyncRefModelCallback
 
 from .collator import DataCollatorForPersonalizedPreference
@@ -46,10 +47,13 @@ from .modeling import (
     check_fingerprints,
     detach_user_model,
     find_user_model,
+    full_user_state,
     get_causal_lm,
     is_adapter,
     is_personalized,
     load_user_model,
+    save_user_model,
+    set_user_state,
 )
 from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
 from .user_column import check_user_column, collect_users, iterate_user_ids
@@ -203,14 +207,14 @@ class PersonalizedDPOTrainer(DPOTrainer):
     def _new_user_model(self, num_users: int) -> UserModel:
         embedding = get_causal_lm(self.model).get_input_embeddings()
         user_model_class = get_user_model_class(self.args.user_model_kind)
-        sizes: dict[str, Any] = {"num_users": num_users, "token_dim": embedding.weight.shape[-1]}
+        sizes: dict[str, Any] = {"num_users": num_users, "token_dim": embedding.embedding_dim}
         for option in {field.name for field in fields(user_model_class.config_class)} - sizes.keys():
             if hasattr(self.args, option):
                 sizes[option] = getattr(self.args, option)
         text = self.args.soft_prompt_init_text
         draw = soft_prompt_drawer(
             embedding,
-            min(embedding.weight.shape[0], len(self._tokenizer)),
+            min(embedding.num_embeddings, len(self._tokenizer)),
             self.args.num_virtual_tokens,
             self.args.soft_prompt_init,
             self.args.seed,
@@ -219,7 +223,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
         with torch.random.fork_rng():  # the order of the data stays as without users
             torch.manual_seed(self.args.seed)
             user_model = user_model_class(user_model_class.config_class(**sizes))
-        user_model.initialize(draw)
+        with gathered_parameters(embedding):
+            user_model.initialize(draw)
         return user_model
 
     def _check_rows(self) -> None:
@@ -412,6 +417,16 @@ class PersonalizedDPOTrainer(DPOTrainer):
             resume_from_checkpoint = _last_whole_checkpoint(Path(str(self.args.output_dir))) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers. Where FSDP writes its shards itself, the user model is gathered and written here."""
+        super().save_model(output_dir, _internal_call)
+        if self.user_model is None or not self.is_fsdp_enabled:
+            return
+        if "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            state = full_user_state(self.user_model)
+            if self.args.should_save:
+                save_user_model(self.model, Path(output_dir or str(self.args.output_dir)), state)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.user_model is not None:
             self._load_user_model(resume_from_checkpoint)
@@ -419,8 +434,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.user_model is not None and self.state.best_model_checkpoint is not None:
-            self._load_user_model(self.state.best_model_checkpoint)
+        if self.user_model is not None and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold every module
+            self._load_user_model(str(self.state.best_model_checkpoint))
 
     def _load_user_model(self, checkpoint: str) -> None:
         folder = find_user_model(checkpoint)
@@ -437,7 +452,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 "order of them. Resume with the same dataset or `user_vocab`; to add users, pass the folder as `model`."
             )
         assert self.user_model is not None
-        self.user_model.load_state_dict(saved.state_dict())
+        set_user_state(self.user_model, saved.state_dict())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, with a section on users."""
@@ -447,6 +462,15 @@ class PersonalizedDPOTrainer(DPOTrainer):
             card = ModelCard.load(path, ignore_metadata_errors=True)
             card.text = _with_users_section(card.text, self.hub_model_id, self.user_model, self.args)
             card.save(path)
+
+
+def gathered_parameters(module: nn.Module) -> AbstractContextManager[Any]:
+    """Under DeepSpeed ZeRO-3 each rank holds a part of a parameter: inside, `module` has all of them."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
 
 # --- Which users, which user model ------------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ def soft_prompt_drawer(
 
     @torch.no_grad()
     def embed(ids: Tensor) -> Tensor:
-        return embedding(ids.to(device)).float().cpu()
+        rows: Tensor = embedding(ids.to(device)).float()
+        # a rank that waits for the weights of rank 0 (FSDP's efficient loading) gets the prompts from there too
+        return torch.zeros(rows.shape) if rows.is_meta else rows.cpu()
 
     def sample(size: int) -> Tensor:
         return embed(torch.randint(vocab_size, (size,), generator=generator))
