@@ -132,16 +132,17 @@ class PersonalizedSaving:
             save(save_directory, *args, is_main_process=False, state_dict=state_dict, **kwargs)
             return
         target = Path(save_directory)
-        user_state = None  # the user model's own, unless the caller gathered the weights from elsewhere
+        user_state = None  # the user model's own, unless the caller gathered the weights from other processes
         if state_dict is not None:
             prefix = user_model_prefix(self)  # type: ignore[arg-type]
-            user_state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)} or None
+            user_state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
         with staged_folder(target, last=CONFIG_FILE) as staging:
             if (target / "README.md").is_file():  # PEFT adds to the card that is there
                 shutil.copy(target / "README.md", staging)
             save(str(staging), *args, is_main_process=True, state_dict=state_dict, **kwargs)
-            save_user_model(self, staging, user_state)  # type: ignore[arg-type]
+            if user_state != {}:  # a caller that gathered nothing writes the user model itself
+                save_user_model(self, staging, user_state)  # type: ignore[arg-type]
             written = weight_files(staging)
         if any(name.startswith("model") for name in written):
             for name in weight_files(target) - written:  # shards of an earlier save, or the adapter before a merge

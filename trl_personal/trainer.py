@@ -418,14 +418,13 @@ class PersonalizedDPOTrainer(DPOTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers. Where FSDP writes its shards itself, the user model is gathered and written here."""
+        """As in transformers. Where FSDP2 or ZeRO-3 may write shards only, the user model is gathered and written here."""
         super().save_model(output_dir, _internal_call)
-        if self.user_model is None or not self.is_fsdp_enabled:
-            return
-        if "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            state = full_user_state(self.user_model)
-            if self.args.should_save:
-                save_user_model(self.model, Path(output_dir or str(self.args.output_dir)), state)
+        if self.user_model is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            with gathered_parameters(self.user_model):
+                state = full_user_state(self.user_model)
+                if self.args.should_save:
+                    save_user_model(self.model, Path(output_dir or str(self.args.output_dir)), state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.user_model is not None:

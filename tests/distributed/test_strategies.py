@@ -26,7 +26,9 @@ def launch(num_processes, script, **settings):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port)]
     if num_processes > 1:
-        command.append("--multi_gpu")  # accelerate's name for its torchrun launcher; with `use_cpu` the backend is gloo
+        command.append(
+            "--multi_gpu"
+        )  # accelerate's name for its torchrun launcher; with `use_cpu` the backend is gloo
     run = subprocess.run([*command, str(script), json.dumps(settings)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
 

@@ -16,7 +16,7 @@ from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 
 def zero(stage):
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -27,6 +27,10 @@ def zero(stage):
 
 def main(model, rows, output_dir, batch_size, strategy="ddp", lora=False, resume=False, **settings):
     output_dir = Path(output_dir)
+    if strategy.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")  # on a GPU, `accelerate launch` does
     args = PersonalizedDPOConfig(
         str(output_dir / "run"),
         **{
