@@ -90,6 +90,13 @@ def test_choice_is_a_number_or_a_column(name, write):
     assert orders(dataset) == [("A.", "B."), ("B.", "A.")] * 2
 
 
+def test_choice_may_be_a_whole_float_as_pandas_makes_of_integers(write):
+    path = write([judgement(0.0), judgement(1.0), judgement(None)], "rows.parquet")
+    dataset, report = load(path, responses=("a", "b"), choice="winner")
+    assert orders(dataset) == [("A.", "B."), ("B.", "A.")]
+    assert report.broken == {"no `winner`": 1}
+
+
 def test_choice_values_explain_a_choice(write):
     rows = [judgement("model_a"), judgement("model_b"), judgement("draw"), judgement("lost"), judgement(None)]
     values = {"model_a": 0, "model_b": 1, "draw": None}
@@ -265,6 +272,7 @@ def test_all_turns_of_a_conversation_are_in_one_split(write):
     questions = {split: {row["prompt"][1]["content"] for row in rows} for split, rows in dataset.items()}
     assert not questions["train"] & questions["test"]
     assert report.pairs["test"] == 2 * len(questions["test"]) > 0
+    assert report.pairs["train"] == 2 * len(questions["train"]) > 0  # the system message does not count
 
 
 def test_broken_rows_are_counted_with_their_reasons(write):

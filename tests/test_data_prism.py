@@ -127,23 +127,34 @@ def test_text_has_a_name_in_front_of_each_message(write):
 
 
 def test_both_tables_and_the_stream_give_the_same_pairs(write):
-    conversations = [
-        conversation(f"c{i}", f"u{i % 7}", turn(0, f"Q{i}?", "*a", "b"), turn(1, "?", "c", "*d")) for i in range(30)
-    ]
-    utterances = as_utterances(conversations)[::-1]  # in no order
-    path = write([survey_row(f"u{i}") for i in range(7)], conversations, utterances)
+    def talk(i):
+        return conversation(f"c{i}", f"u{i % 7}", turn(0, f"Q{i}?", "*a", "b"), turn(1, "?", "c", "*d", "e"))
+
+    conversations = [talk(i) for i in range(30)]
+    survey = [survey_row(f"u{i}") for i in range(7)] + [survey_row("idle", num_completed_conversations=0)]
+    path = write(survey, conversations, as_utterances(conversations)[::-1])  # utterances in no order
     plain, report = load(path)
     from_utterances, other_report = load(path, table="utterances")
-    key = ("conversation_id", "turn")
+
+    def place(row):
+        return row["conversation_id"], row["turn"]
+
     for split in ("train", "test", "test_unknown_users"):
-        rows = sorted(from_utterances[split].to_list(), key=lambda row: [row[name] for name in key])
-        assert rows == sorted(plain[split].to_list(), key=lambda row: [row[name] for name in key])
+        assert sorted(from_utterances[split], key=place) == sorted(plain[split], key=place)
     assert other_report == report
     reports = []
     stream = load_prism(path, streaming=True, on_report=reports.append)
     for split in ("train", "test", "test_unknown_users"):
         assert list(stream[split]) == plain[split].to_list()
     assert reports == [report] * 3
+    assert report.filtered["survey: a user without conversations"] == 1
+
+
+def test_turns_are_read_in_their_order(write):
+    talk = TWO_TURNS | {"conversation_history": TWO_TURNS["conversation_history"][::-1]}
+    dataset, _ = load(write([survey_row("u0")], [talk], []), **ALL)
+    assert dataset["train"]["turn"][:] == [0, 0, 1]
+    assert [message["content"] for message in dataset["train"]["prompt"][2]] == ["Tea?", "Green.", "Hot?"]
 
 
 def test_profile_has_the_papers_fields_that_were_answered(write):

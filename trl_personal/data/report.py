@@ -1,0 +1,61 @@
+"""What a loader read, what it made of it and what it left out, as numbers."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """
+    The counts of one loading. Whatever gave no pair is in `filtered` or in `broken`, under its reason.
+
+    Every loader logs its report, at `INFO` if all is well and at `WARNING` if rows were broken, prompts leaked or a split is
+    empty, and hands it to `on_report`. A report holds no user id and no text of a row.
+
+    Args:
+        source (`str`): Name of the set, or path of the file.
+        rows_read (`int`): Raw rows, before anything was left out (PRISM: conversations).
+        pairs (`Mapping[str, int]`): Pairs per split.
+        users (`Mapping[str, int]`): Users per split.
+        filtered (`Mapping[str, int]`): What is sound, but left out by a rule or an option (a tie, too long, ...), per reason.
+        broken (`Mapping[str, int]`): What cannot be used (not JSON, no user, ...), per reason.
+        shared_prompts (`int`): Prompts of `train` that occur in another split too; above 0 only if the source's own splits
+            leak.
+        complete (`bool`): Whether all rows were read; not if the pass over a stream was given up.
+
+    ```python
+    >>> report = LoadReport("my.jsonl", 6, {"train": 3, "test": 1}, {"train": 2, "test": 1}, broken={"no `prompt`": 2})
+    >>> print(report)
+    my.jsonl: 6 rows read; train: 3 pairs, 2 users; test: 1 pairs, 1 users
+      broken: 2 x no `prompt`
+    ```
+    """
+
+    source: str
+    rows_read: int
+    pairs: Mapping[str, int]
+    users: Mapping[str, int]
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    broken: Mapping[str, int] = field(default_factory=dict)
+    shared_prompts: int = 0
+    complete: bool = True
+
+    def __str__(self) -> str:
+        read = f"{self.rows_read} rows read" if self.complete else f"{self.rows_read} rows read, then given up"
+        splits = [f"{split}: {pairs} pairs, {self.users[split]} users" for split, pairs in self.pairs.items()]
+        lines = [f"{self.source}: {'; '.join([read, *splits])}"]
+        for kind, reasons in (("filtered", self.filtered), ("broken", self.broken)):
+            lines += [f"  {kind}: {count} x {reason}" for reason, count in sorted(reasons.items())]
+        if self.shared_prompts:
+            lines.append(f"  leakage: {self.shared_prompts} prompts of train occur in another split too")
+        return "\n".join(lines)
+
+    def log(self) -> None:
+        """Write the report to the log: a warning if something is wrong with the data."""
+        is_empty = self.complete and 0 in self.pairs.values()
+        wrong = self.broken or self.shared_prompts or is_empty
+        logger.log(logging.WARNING if wrong else logging.INFO, "%s", self)
