@@ -1,0 +1,4 @@
+from .app import main
+
+
+__all__ = ["main"]

@@ -1,0 +1,119 @@
+"""The options of `trl-personal`, `generate` and `info`. Only the standard library, so that `--help` is fast."""
+
+from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+
+from .._version import __version__
+
+
+PROG = "trl-personal"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+MAIN_EPILOG = """\
+commands:
+  dpo       train on the preferences of users: `trl dpo` with a user_id column
+  generate  answers of a trained model, for every prompt and every user
+  info      what a trained model is: kind, users, sizes, versions
+
+`trl-personal COMMAND --help` explains a command.
+
+exit codes: 0 fine, 1 an error at run time (one line on stderr), 2 wrong usage
+"""
+
+
+def make_main_parser() -> ArgumentParser:
+    """The options in front of the command; what follows it is left to the command."""
+    parser = ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} [options] COMMAND [arguments of the command]",
+        description="DPO with TRL when every preference belongs to a user.",
+        epilog=MAIN_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--import_module",
+        metavar="FILE.py",
+        action="append",
+        default=[],
+        help="a file (or the name of a module) that registers user models of your own; may be given several times",
+    )
+    parser.add_argument(
+        "--no_launch",
+        action="store_true",
+        help="`dpo` trains in this process: for use under `torchrun -m` or `accelerate launch -m`",
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=("dpo", "generate", "info"), help="see below")
+    parser.add_argument("arguments", nargs=REMAINDER, help=SUPPRESS).required = False
+    return parser
+
+
+def make_generate_parser() -> ArgumentParser:
+    """The options of `trl-personal generate`."""
+    parser = ArgumentParser(
+        prog=f"{PROG} generate",
+        description="Generate an answer to every prompt for every user, in batches.",
+        epilog="A user who is not in the model gets the generic user's answers and is marked as unknown.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="folder that training wrote, or a repository on the hub")
+    users = parser.add_mutually_exclusive_group()
+    users.add_argument("--users", metavar="A,B,...", help="user ids; without them, the generic user")
+    users.add_argument("--users_file", metavar="FILE", help="a file with one user id a line")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    prompts.add_argument(
+        "--prompts_file",
+        metavar="FILE",
+        help="one prompt a line; in a .jsonl file, objects with `prompt` (text or messages)",
+    )
+    _add_generation_options(parser)
+    _add_loading_options(parser)
+    parser.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
+    parser.add_argument("--output", metavar="FILE", help="write there; default: the standard output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_generation_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("generation", "What is not set follows the model's own generation settings.")
+    group.add_argument("--max_new_tokens", type=_positive, default=128, metavar="N", help="default: 128")
+    group.add_argument("--do_sample", action="store_true", help="sample; implied by --temperature and --top_p")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token, without sampling")
+    group.add_argument("--top_p", type=float, metavar="P")
+    group.add_argument("--repetition_penalty", type=float, metavar="R")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default: 0")
+    group.add_argument("--batch_size", type=_positive, default=8, metavar="N", help="rows at a time; default: 8")
+    group.add_argument(
+        "--no_chat_template", action="store_true", help="give text as it is to a model that has a chat template"
+    )
+
+
+def _add_loading_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as saved")
+    group.add_argument(
+        "--device_map", metavar="MAP", help='such as "auto" or "cuda:0"; default: an accelerator, if any'
+    )
+    group.add_argument("--load_in_4bit", action="store_true", help="quantize the language model (bitsandbytes)")
+
+
+def make_info_parser() -> ArgumentParser:
+    """The options of `trl-personal info`."""
+    parser = ArgumentParser(
+        prog=f"{PROG} info",
+        description="What a trained model is. The language model's weights are not loaded.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="folder that training wrote, or a repository on the hub")
+    parser.add_argument("--list_users", action="store_true", help="also the ids of the users")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,190 @@
+"""`trl-personal generate`: an answer to every prompt for every user."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig, get_quantization_config
+
+from .. import AutoPersonalizedModelForCausalLM
+from ..files import read_json
+from .model_folder import check_model_name
+from .requests import Prompt, read_prompts, read_users
+
+
+@dataclass
+class Answer:
+    """One line of output. `user_id` is `None` for the generic user; `known` is whether the model has a row for the user."""
+
+    user_id: str | None
+    known: bool
+    prompt: Prompt
+    text: str
+
+
+def run_generate(arguments: Namespace) -> None:
+    """Read prompts and users, load the model, write the answers as they come (jsonl) or at the end (table)."""
+    prompts = read_prompts(arguments.prompt, arguments.prompts_file)
+    user_ids = read_users(arguments.users, arguments.users_file)
+    check_model_name(arguments.model)
+    with _open_output(arguments.output) as output:
+        model, tokenizer = load(arguments)
+        warn_of_unknown_users(user_ids, model.user_vocab)
+        set_seed(arguments.seed)
+        answers = generate(model, tokenizer, prompts, user_ids, arguments)
+        if arguments.format == "jsonl":
+            for answer in answers:
+                output.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+                output.flush()
+        else:
+            Console(file=output).print(as_table(list(answers)))
+
+
+def warn_of_unknown_users(user_ids: Sequence[str | None], user_vocab: Any) -> None:
+    """Say once on stderr who gets the generic user's answers without being it."""
+    unknown = [user_id for user_id in user_ids if user_id is not None and user_id not in user_vocab]
+    if unknown:
+        names = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        sys.stderr.write(
+            f"{len(unknown)} of {len(user_ids)} users are unknown to the model and get the generic user's answers: {names}\n"
+        )
+
+
+def load(arguments: Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model, on an accelerator if there is one, and its tokenizer, which pads on the left."""
+    device_map = arguments.device_map or ("auto" if torch.accelerator.is_available() else None)
+    quantization = ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=arguments.dtype)
+    if arguments.load_in_4bit and arguments.dtype == "auto":
+        quantization.dtype = "bfloat16"
+    model = AutoPersonalizedModelForCausalLM.from_pretrained(
+        arguments.model,
+        dtype=arguments.dtype,
+        device_map=device_map,
+        quantization_config=get_quantization_config(quantization),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_name(arguments.model), padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _tokenizer_name(name: str) -> str:
+    """An adapter that was saved without a tokenizer has its base model's."""
+    folder = Path(name)
+    if not (folder / "adapter_config.json").is_file() or (folder / "tokenizer_config.json").is_file():
+        return name
+    return read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    user_ids: Sequence[str | None],
+    arguments: Namespace,
+) -> Iterator[Answer]:
+    """The answers, prompt by prompt and user by user."""
+    rows = [(prompt, user_id) for prompt in prompts for user_id in user_ids]
+    batches = [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
+    options = generation_options(arguments) | {"pad_token_id": tokenizer.pad_token_id}
+    use_template = tokenizer.chat_template is not None and not arguments.no_chat_template
+    with _progress(len(batches), arguments) as progress:
+        for batch in progress.track(batches, description="Generating"):
+            inputs = encode(tokenizer, [prompt for prompt, _ in batch], use_template).to(model.device)
+            known = [user_id in model.user_vocab for _, user_id in batch]
+            # who is unknown was said once; the model would say it in every batch
+            users = [user_id if is_known else None for (_, user_id), is_known in zip(batch, known, strict=True)]
+            outputs = model.generate(**inputs, user_ids=users, **options)
+            texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for (prompt, user_id), is_known, text in zip(batch, known, texts, strict=True):
+                yield Answer(user_id, is_known, prompt, text)
+
+
+def _progress(num_batches: int, arguments: Namespace) -> Progress:
+    """A bar on stderr, unless there is one batch, nobody looks, or the lines that come out show the progress."""
+    console = Console(stderr=True)
+    lines_show = arguments.format == "jsonl" and arguments.output is None and sys.stdout.isatty()
+    hidden = num_batches == 1 or not console.is_terminal or lines_show
+    return Progress(console=console, disable=hidden, redirect_stdout=False, redirect_stderr=False)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], use_template: bool) -> Any:
+    """
+    A batch of prompts, padded on the left. With `use_template`, plain text becomes the first message of a conversation.
+
+    Raises:
+        `ValueError`: if a prompt is a conversation and there is no chat template.
+    """
+    if not use_template:
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(
+                "A prompt is a list of messages, which needs a chat template, but the tokenizer has none, or "
+                "--no_chat_template is set. Give the prompts as text."
+            )
+        return tokenizer(list(prompts), padding=True, return_tensors="pt")
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for prompt in prompts
+    ]
+    return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)  # the template has them
+
+
+def generation_options(arguments: Namespace) -> dict[str, Any]:
+    """
+    Options of `model.generate`: those that were set.
+
+    ```python
+    >>> options = Namespace(max_new_tokens=9, do_sample=False, temperature=0.0, top_p=None, repetition_penalty=None)
+    >>> generation_options(options)
+    {'max_new_tokens': 9, 'do_sample': False}
+    ```
+    """
+    names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.temperature == 0:
+        return {name: value for name, value in options.items() if name not in ("temperature", "top_p")} | {
+            "do_sample": False
+        }
+    if arguments.do_sample or "temperature" in options or "top_p" in options:
+        options["do_sample"] = True
+    return options
+
+
+def as_table(answers: Sequence[Answer]) -> Table:
+    """Columns user, prompt and answer, with a line between prompts."""
+    table = Table("user", "prompt", "answer")
+    for index, answer in enumerate(answers):
+        last = index + 1 == len(answers) or answers[index + 1].prompt is not answer.prompt
+        prompt = answer.prompt if isinstance(answer.prompt, str) else answer.prompt[-1]["content"]
+        table.add_row(_user_cell(answer), Text(prompt), Text(answer.text.strip()), end_section=last)
+    return table
+
+
+def _user_cell(answer: Answer) -> Text:
+    if answer.user_id is None:
+        return Text("(generic)", style="dim")
+    return Text(answer.user_id) if answer.known else Text(f"{answer.user_id} (unknown)", style="yellow")
+
+
+@contextmanager
+def _open_output(path: str | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        yield file
