@@ -151,3 +151,7 @@ def make_trainer(model_dirs, preferences, make_args):
 @pytest.fixture(autouse=True)
 def _quiet():
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-table", action="store_true", help="write the table of docs/compatibility.md")

@@ -51,9 +51,25 @@ SIZES = {
 }
 
 
-def make_family(name, seed=0):
+# bitsandbytes packs 4-bit weights in blocks of 64
+WIDE = dict.fromkeys(
+    (
+        "hidden_size",
+        "intermediate_size",
+        "n_embd",
+        "ffn_dim",
+        "word_embed_proj_dim",
+        "block_ff_dim",
+        "moe_intermediate_size",
+    ),
+    128,
+) | {"head_dim": 32}
+
+
+def make_family(name, seed=0, wide=False):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **IDS, **SIZES[name]))
+    sizes = SIZES[name] | ({key: value for key, value in WIDE.items() if key in SIZES[name]} if wide else {})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **IDS, **sizes))
     for parameter in model.parameters():  # away from zero biases and unit norms, which hide mistakes
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval()

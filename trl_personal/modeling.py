@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
@@ -271,6 +272,11 @@ class AutoPersonalizedModelForCausalLM:
             raise ValueError(
                 f"{name} has no `{USER_MODEL_FOLDER}/` folder, so it is not a personalized model. Load a plain language model "
                 "with `AutoModelForCausalLM`, or train one with `PersonalizedDPOTrainer`."
+                + (
+                    ""
+                    if Path(name).is_dir()
+                    else " (It is no local folder; as a repository it was not found or not reached.)"
+                )
             )
         user_model, user_vocab, config = load_user_model(folder)
         model = _load_language_model(name, hub_kwargs, kwargs)
@@ -317,6 +323,20 @@ def check_fingerprints(folder: Path, config: dict[str, Any]) -> None:
                 "parts of two saves, as after a kill. Use an earlier checkpoint, or put the matching files back. (To "
                 "combine a user model with other weights on purpose, use `attach_user_model`.)"
             )
+
+
+def reload_renamed_weights(model: nn.Module, checkpoint: Path) -> None:
+    """
+    Load a full model's checkpoint through `from_pretrained` if its files name the weights otherwise than the module does.
+
+    transformers writes some families (experts of Mixtral, GPT-NeoX) under the names of their first release. Its `Trainer`
+    reads checkpoints by the names in the module and lets the rest pass, so that resuming would start those weights anew.
+    """
+    saved = {name for file in checkpoint.glob("model*.safetensors") for name in safe_open(file, "pt").keys()}
+    if saved <= set(model.state_dict()):
+        return
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=get_causal_lm(model).dtype)
+    model.load_state_dict(loaded.state_dict(), strict=False)
 
 
 def user_model_prefix(model: nn.Module) -> str:

@@ -52,6 +52,7 @@ from .modeling import (
     is_adapter,
     is_personalized,
     load_user_model,
+    reload_renamed_weights,
     save_user_model,
     set_user_state,
 )
@@ -430,11 +431,15 @@ class PersonalizedDPOTrainer(DPOTrainer):
         if self.user_model is not None:
             self._load_user_model(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.user_model is not None and not self.is_fsdp_enabled:
+            reload_renamed_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.user_model is not None and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold every module
             self._load_user_model(str(self.state.best_model_checkpoint))
+            if not self.is_fsdp_enabled:
+                reload_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def _load_user_model(self, checkpoint: str) -> None:
         folder = find_user_model(checkpoint)
