@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from trl_personal import (
     AutoPersonalizedModelForCausalLM,
@@ -27,6 +26,7 @@ from trl_personal import (
     UserModelConfig,
     UserVocab,
 )
+from trl_personal.trainer import _last_whole_checkpoint
 
 
 BOTH = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -384,34 +384,48 @@ def test_push_to_hub_uploads_the_users_too(make_trainer, monkeypatch, tmp_path):
     assert torch.equal(loaded.user_model(torch.arange(3)), trainer.user_model(torch.arange(3)))
 
 
+KILLED_SCRIPT = """
+import sys
+from datasets import Dataset
+from peft import LoraConfig
+from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
+
+model, output_dir, max_steps, resume = sys.argv[1:]
+rows = [{"prompt": "please write", "chosen": " yes", "rejected": " no", "user_id": i % 2} for i in range(8)]
+args = PersonalizedDPOConfig(output_dir, max_steps=int(max_steps), save_steps=1, save_total_limit=3, bf16=False, use_cpu=True,
+    report_to="none", num_virtual_tokens=3, max_length=32, disable_tqdm=True, logging_steps=1000)
+trainer = PersonalizedDPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows))
+trainer.train(resume_from_checkpoint=resume == "resume" or None)
+trainer.save_model()
+"""
+
+
 @pytest.mark.slow
-def test_a_real_kill_leaves_checkpoints_to_resume_from(model_dirs, tmp_path):
-    """`kill -9` in a process of its own, while it writes checkpoints as fast as it can."""
-    script = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from datasets import Dataset
-        from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
-        rows = [{{"prompt": "please write", "chosen": " yes", "rejected": " no", "user_id": i % 2}} for i in range(8)]
-        args = PersonalizedDPOConfig({str(tmp_path / "out")!r}, max_steps=200, save_steps=1, bf16=False, use_cpu=True,
-            report_to="none", num_virtual_tokens=3, max_length=32, disable_tqdm=True, logging_steps=200)
-        trainer = PersonalizedDPOTrainer({model_dirs["gptj"]!r}, args=args, train_dataset=Dataset.from_list(rows))
-        trainer.train(resume_from_checkpoint="--resume" in sys.argv or None)
-    """)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "out").glob("checkpoint-5")) and process.poll() is None:
-        os.sched_yield()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    last = get_last_checkpoint(str(tmp_path / "out"))
-    assert last is not None
-    resumed = subprocess.run(
-        [sys.executable, "-c", script.replace("max_steps=200", "max_steps=8"), "--resume"],
-        capture_output=True,
-        text=True,
-    )
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-8")
+def test_twenty_kills_at_random_moments_leave_something_to_resume_from(model_dirs, tmp_path):
+    """`kill -9` while a process writes checkpoints as fast as it can; the next one goes on from the last that is whole."""
+    output_dir, moments = tmp_path / "out", random.Random(0)
+    command = [sys.executable, "-c", KILLED_SCRIPT, model_dirs["gptj"], str(output_dir)]
+
+    def steps():
+        return [int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*")]
+
+    for number in range(20):
+        resume = "resume" if number else "start"
+        before = max(steps(), default=0)
+        process = subprocess.Popen([*command, "100000", resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while max(steps(), default=0) <= before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        whole = _last_whole_checkpoint(output_dir)
+        assert whole is not None
+        assert AutoPersonalizedModelForCausalLM.from_pretrained(whole).user_vocab is not None
+    last = max(steps()) + 2
+    subprocess.run([*command, str(last), "resume"], check=True, capture_output=True)
+    AutoPersonalizedModelForCausalLM.from_pretrained(output_dir)
+    assert not list(output_dir.glob(".saving-*"))
 
 
 def test_adapter_with_a_reference_copy_is_saved_and_loaded(make_trainer, model_dirs, tmp_path, tokenizer):

@@ -13,6 +13,7 @@ from typing import Any
 
 SAMPLE_BYTES = 1 << 20  # one block of a weight file that goes into its fingerprint
 NUM_SAMPLES = 64  # blocks per file; smaller files are read whole
+STAGING_PREFIX = ".saving-"
 LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 
 
@@ -34,7 +35,9 @@ def staged_folder(target: Path, last: str) -> Iterator[Path]:
     `last` after all others; on an error nothing is replaced.
     """
     target.mkdir(parents=True, exist_ok=True)
-    staging = Path(mkdtemp(prefix=".saving-", dir=target))
+    for left_by_a_kill in target.glob(f"{STAGING_PREFIX}*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    staging = Path(mkdtemp(prefix=STAGING_PREFIX, dir=target))
     try:
         yield staging
         for source in sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: (p.name == last, str(p))):
