@@ -1,0 +1,77 @@
+"""What the README and the documentation show runs as pasted, and prints what they say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import trl_personal
+import trl_personal.data
+
+
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder in which the README's training block ran."""
+    folder = tmp_path_factory.mktemp("readme")
+    train, generate = blocks(PAGES["README.md"], "python")[:2]
+    outputs = []
+    for number, block in enumerate((train, generate)):
+        (folder / f"block_{number}.py").write_text(block)
+        run = subprocess.run(
+            [sys.executable, f"block_{number}.py"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") and str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        outputs.append(run.stdout)
+    return folder, outputs
+
+
+def test_two_users_get_the_two_answers_in_the_readme(trained):
+    _, (_, printed) = trained
+    shown = blocks(PAGES["README.md"], "text")[0]
+    assert printed.strip().splitlines()[-2:] == shown.strip().splitlines()
+
+
+def test_own_user_model_in_the_readme_is_the_examples():
+    block = next(block for block in blocks(PAGES["README.md"], "python") if "register_user_model" in block)
+    example = (ROOT / "examples/own_user_model.py").read_text().split('"""', 2)[2]
+    assert block.strip() == example.strip()
+    assert len(example.strip().splitlines()) < 30
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_compile(page):
+    for block in blocks(PAGES[page], "python"):
+        compile(block, page, "exec")
+
+
+def test_files_listed_in_the_readme_are_those_of_the_package():
+    listed = set(re.findall(r"[a-z_]+\.py", blocks(PAGES["README.md"], "text")[-1]))
+    assert listed == {path.name for path in Path(trl_personal.__file__).parent.glob("[a-z]*.py")}
+
+
+def test_every_public_name_is_documented_outside_the_code():
+    text = "\n".join(PAGES.values())
+    missing = [name for name in [*trl_personal.__all__, *trl_personal.data.__all__] if name not in text and name[0] != "_"]
+    assert not missing
+
+
+def test_links_between_pages_lead_somewhere():
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), f"{page}: {target}"
