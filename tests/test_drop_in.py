@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from families import make_family
 from peft import LoraConfig, get_peft_model
 from test_loss import batch_of, disturb, soft_prompt_by_hand
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_personal import PersonalizedDPOTrainer
@@ -457,6 +457,86 @@ def test_predict(make_trainer, preferences):
     trainer = make_trainer(trainer_kwargs={"eval_dataset": preferences})
     prediction = trainer.predict(trainer.eval_dataset)
     assert prediction.metrics["test_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_predicting_does_not_count_in_the_next_evaluation(make_trainer, preferences):
+    trainer = make_trainer(trainer_kwargs={"eval_dataset": preferences})
+    expected = trainer.evaluate()["eval_users/accuracy_mean"]
+    flipped = preferences.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    flipped_trainer = make_trainer(trainer_kwargs={"train_dataset": flipped})
+    trainer.predict(flipped_trainer.train_dataset)
+    assert trainer.evaluate()["eval_users/accuracy_mean"] == expected
+
+
+# --- Beside training ----
+
+
+def test_alpha_of_one_trains_the_users_term_alone(make_trainer, monkeypatch):
+    trainer = make_trainer(personalization_alpha=1.0)
+    calls = []
+    original = DPOTrainer.compute_loss
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda self, *args: calls.append(1) or original(self, *args))
+    trainer.train()
+    assert len(calls) == 2  # one a step
+    assert not [name for log in trainer.state.log_history for name in log if "generic" in name]
+
+
+def test_dynamo_traces_the_hooks(make_trainer):
+    """The same numbers with `torch.compile`, here with its tracer alone."""
+    runs = [
+        make_trainer("llama", optim="sgd", max_steps=2, **settings)
+        for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    ]
+    for trainer in runs:
+        trainer.train()
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_callback_that_generates_gets_the_generic_user(make_trainer, lora):
+    texts = []
+
+    class Sample(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            ids = torch.tensor([[4, 5, 6]])
+            sequences = [
+                model.generate(ids, max_new_tokens=4, do_sample=False, **users)
+                for users in ({}, {"user_ids": [None]}, {"user_ids": "ann"})
+            ]
+            texts.append([sequence.tolist() for sequence in sequences])
+
+    trainer = make_trainer(lora=lora, learning_rate=1e-4, user_learning_rate=1.0, max_steps=4)
+    trainer.add_callback(Sample())
+    trainer.train()
+    assert len(texts) == 4
+    assert all(default == generic for default, generic, _ in texts)
+    assert texts[-1][0] != texts[-1][2]
+
+
+def test_hyperparameter_search_says_what_trl_says(make_trainer, make_args):
+    """TRL's trainer takes no `model_init`, which a search needs."""
+    messages = []
+    for trainer_class, args in ((DPOTrainer, make_args(DPOConfig)), (PersonalizedDPOTrainer, make_args())):
+        with pytest.raises(RuntimeError) as error:
+            make_trainer(trainer_class=trainer_class, args=args).hyperparameter_search(backend="optuna")
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_unbalanced_users_can_be_sampled_evenly(make_trainer, preferences):
+    """As in transformers: a trainer with a sampler of one's own."""
+    rows = Dataset.from_list([preferences[0]] * 7 + [preferences[1]])
+
+    class Balanced(PersonalizedDPOTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            users = self.train_dataset["user_id"][:]
+            weights = [1 / users.count(user) for user in users]
+            return torch.utils.data.WeightedRandomSampler(weights, 200, generator=torch.Generator().manual_seed(0))
+
+    trainer = make_trainer(trainer_class=Balanced, trainer_kwargs={"train_dataset": rows})
+    users = torch.cat([batch["user_indices"] for batch in trainer.get_train_dataloader()])
+    assert (users == 2).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 # --- Kinds of models --------------------------------------------------------------------------------------------------

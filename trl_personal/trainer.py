@@ -200,7 +200,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
             )
         if self.args.sync_ref_model:
             self.pop_callback(SyncRefModelCallback)
-            self.add_callback(SyncPlainRefModelCallback(self.ref_model or self.model, self.accelerator))
+            reference: Any = self.ref_model
+            self.add_callback(SyncPlainRefModelCallback(reference, self.accelerator))
         if self.optimizer is not None:
             _add_to_optimizer(self.optimizer, self.lr_scheduler, self._user_group(user_model))
         logger.info("P-DPO with %d known users, user model %r.", len(user_vocab), user_model.kind)
@@ -239,10 +240,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
         if num_positions is None or self.args.max_length is None:
             return
         length = self.args.max_length
-        if length > num_positions and isinstance(
-            self.train_dataset, Dataset
-        ):  # a default, most likely: look at the rows
-            length = max(
+        if length > num_positions and isinstance(self.train_dataset, Dataset):
+            length = max(  # `max_length` is a default, most likely: look at the rows
                 len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
                 for row in self.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
             )
@@ -314,18 +313,18 @@ class PersonalizedDPOTrainer(DPOTrainer):
         """TRL's loss for the user and for the generic user, mixed by `personalization_alpha`; one reference pass for both."""
         if self.user_model is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        user_indices = inputs["user_indices"]
+        alpha = self.args.personalization_alpha
         with self._reference_in_batch(inputs) as inputs:
             with self._recorded_log_probs() as recorded:
                 result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            generic_inputs = {**inputs, "user_indices": torch.full_like(user_indices, GENERIC_USER_INDEX)}
-            with self._metrics_under("generic/"):
-                generic_loss = super().compute_loss(model, generic_inputs, False, num_items_in_batch)
+            loss, outputs = result if return_outputs else (result, None)
+            if alpha < 1 or not self.model.training:  # training on the users' term alone needs no second pass
+                generic_users = torch.full_like(inputs["user_indices"], GENERIC_USER_INDEX)
+                with self._metrics_under("generic/"):
+                    generic_loss = super().compute_loss(model, {**inputs, "user_indices": generic_users})
+                loss = alpha * loss + (1 - alpha) * generic_loss
             if not self.model.training:
                 self._count_users(model, inputs, recorded[0])
-        user_loss, outputs = result if return_outputs else (result, None)
-        alpha = self.args.personalization_alpha
-        loss = alpha * user_loss + (1 - alpha) * generic_loss
         return (loss, outputs) if return_outputs else loss
 
     @contextmanager
@@ -333,7 +332,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
         """`inputs` with the reference's log-probabilities, and TRL set to take them from there."""
         precomputed = self.precompute_ref_logps
         if not precomputed:
-            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            reference = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
             inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         self.precompute_ref_logps = True
         try:
@@ -406,8 +406,10 @@ class PersonalizedDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataset: EvalDatasets | str | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in TRL. A dataset passed here is checked for its users first."""
-        if self.user_model is not None and not isinstance(eval_dataset, str):
-            _check_eval_users(self.args, eval_dataset)
+        if self.user_model is not None:
+            self._user_accuracy = UserAccuracy()  # `predict` counts too, and logs nothing
+            if not isinstance(eval_dataset, str):
+                _check_eval_users(self.args, eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     # --- Saving and loading: overridden as a set; what is written is in `PersonalizedSaving` ----------------------------
