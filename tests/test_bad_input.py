@@ -80,11 +80,9 @@ def test_no_dataset_is_trls_error(make_trainer):
         make_trainer(trainer_kwargs={"train_dataset": [{"prompt": "a"}]})
 
 
-def test_images_are_not_supported_yet(make_trainer, preferences):
+def test_images_for_a_model_without_eyes_are_trls_error(make_trainer, preferences):
     dataset = preferences.add_column("images", [[1]] * 8)
-    with pytest.raises(
-        ValueError, match=r"images \(columns \['images'\]\).*not supported yet.*user_model_kind=\"none\""
-    ):
+    with pytest.raises(ValueError, match="does not seem to be a vision-language model"):
         make_trainer(trainer_kwargs={"train_dataset": dataset})
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessorList,
@@ -335,7 +337,7 @@ def reload_renamed_weights(model: nn.Module, checkpoint: Path) -> None:
     saved = {name for file in checkpoint.glob("model*.safetensors") for name in safe_open(file, "pt").keys()}
     if saved <= set(model.state_dict()):
         return
-    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=get_causal_lm(model).dtype)
+    loaded = _load_by_architecture(checkpoint, dtype=get_causal_lm(model).dtype)
     model.load_state_dict(loaded.state_dict(), strict=False)
 
 
@@ -379,12 +381,21 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
 def _load_language_model(name: str, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
     is_trainable = kwargs.pop("is_trainable", False)
     if not is_adapter(name, **hub_kwargs):
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return _load_by_architecture(name, **kwargs)
     adapter = PeftConfig.from_pretrained(name, **hub_kwargs)
-    base = AutoModelForCausalLM.from_pretrained(
-        adapter.base_model_name_or_path, **{**kwargs, "revision": adapter.revision or "main"}
-    )
+    base_kwargs = {**kwargs, "revision": adapter.revision or "main"}
+    base = _load_by_architecture(str(adapter.base_model_name_or_path), **base_kwargs)
     return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
+
+
+def _load_by_architecture(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The class that the config names, as TRL does: the automatic one for language models knows none that see images."""
+    config_names = (*HUB_PULL_ARGUMENTS, "trust_remote_code")
+    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in config_names if key in kwargs})
+    architecture = getattr(
+        transformers, (config.architectures or [""])[0] or "AutoModelForCausalLM", AutoModelForCausalLM
+    )
+    return architecture.from_pretrained(name, **kwargs)
 
 
 def _cached(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:

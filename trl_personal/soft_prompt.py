@@ -66,12 +66,13 @@ def insert_soft_prompt(soft_prompt: Tensor, inputs_embeds: Tensor, token: Tensor
 
 def insert_values(values: Tensor, token: Tensor, virtual: Tensor, fill: Tensor | int) -> Tensor:
     """`(batch, seq_len)` values, such as a mask, with `fill` (broadcast to the columns) at the virtual tokens."""
-    return torch.where(virtual < 0, values.gather(1, token), fill)
+    return torch.where(virtual < 0, values.gather(1, token), fill).to(values.dtype)
 
 
 def insert_position_ids(position_ids: Tensor, positions: Tensor, token: Tensor, virtual: Tensor) -> Tensor:
     """
-    Position ids `(batch, seq_len + T)` that count on through the soft prompt.
+    Position ids `(..., batch, seq_len + T)` that count on through the soft prompt, from `(..., batch, seq_len)`, where one
+    batch row may stand for all.
 
     ```python
     >>> positions = torch.tensor([1])
@@ -79,9 +80,13 @@ def insert_position_ids(position_ids: Tensor, positions: Tensor, token: Tensor, 
     tensor([[0, 1, 2, 3, 4]])
     ```
     """
-    seq_len, num_virtual_tokens = position_ids.shape[1], virtual.shape[1] - position_ids.shape[1]
-    start = position_ids.gather(1, positions.clamp(max=seq_len - 1)[:, None]) + (positions[:, None] == seq_len).long()
-    moved = position_ids.gather(1, token) + num_virtual_tokens * (token >= positions[:, None])
+    batch_size, seq_len = token.shape[0], position_ids.shape[-1]
+    num_virtual_tokens = virtual.shape[1] - seq_len
+    position_ids = position_ids.expand(*position_ids.shape[:-2], batch_size, seq_len)
+    at_start = positions.clamp(max=seq_len - 1)[:, None].expand(*position_ids.shape[:-1], 1)
+    start = position_ids.gather(-1, at_start) + (positions[:, None] == seq_len).long()
+    moved = position_ids.gather(-1, token.expand(*position_ids.shape[:-1], -1))
+    moved = moved + num_virtual_tokens * (token >= positions[:, None])
     return torch.where(virtual >= 0, start + virtual, moved)
 
 
@@ -150,7 +155,7 @@ class SoftPromptInsertion:
     def __init__(self, causal_lm: Any, bos_token_id: int | None) -> None:
         self.causal_lm = causal_lm
         self.bos_token_id = bos_token_id
-        self._user_indices: Tensor | None = None
+        self._call: tuple[Tensor, Tensor | None] | None = None
         self._positions: Tensor | None = None
         decoder = causal_lm.get_decoder()
         self._handles = [
@@ -171,10 +176,15 @@ class SoftPromptInsertion:
             handle.remove()
 
     def condition(
-        self, user_indices: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+        self,
+        user_indices: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """
         `inputs_embeds` and `attention_mask` for the decoder, with `positions`, `token` and `virtual` (see the functions).
+        The embeddings of `input_ids` are looked up, unless they are given, as where a model has put images into them.
 
         Raises:
             `ValueError`: if the batch has another number of users than rows, or the mask is not `(batch, seq_len)`.
@@ -183,16 +193,17 @@ class SoftPromptInsertion:
             raise ValueError(
                 f"`user_indices` must hold one user per row, shape ({input_ids.shape[0]},), got {tuple(user_indices.shape)}."
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
             raise ValueError(
-                f"With users, `attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
+                f"With users, the decoder needs an `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}. "
+                f"{type(self.causal_lm).__name__} was given, or has prepared, another one: not supported."
             )
         soft_prompt = self.user_model(user_indices)
         positions = insertion_positions(input_ids, attention_mask, self.bos_token_id)
         token, virtual = source_columns(positions, input_ids.shape[1], soft_prompt.shape[1])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        inputs_embeds = self.causal_lm.get_input_embeddings()(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.causal_lm.get_input_embeddings()(input_ids)
         conditioned = {
             "inputs_embeds": insert_soft_prompt(soft_prompt, inputs_embeds, token, virtual),
             "attention_mask": insert_values(mask, token, virtual, 1),
@@ -200,34 +211,44 @@ class SoftPromptInsertion:
         return conditioned, positions, token, virtual
 
     def _take_users(self, causal_lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._user_indices = kwargs.pop("user_indices", None)
+        user_indices = kwargs.pop("user_indices", None)
+        self._call = None
+        if user_indices is not None:
+            self._call = user_indices, args[0] if args else kwargs.get("input_ids")
         return args, kwargs
 
     def _check_users(self, causal_lm: nn.Module, args: tuple, output: Any) -> None:
-        if self._user_indices is not None:
-            self._user_indices = None
+        if self._call is not None:
+            self._call = None
             raise RuntimeError(
                 f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. "
                 "Please report the model."
             )
 
     def _insert(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        user_indices, self._user_indices, self._positions = self._user_indices, None, None
-        if user_indices is None:
+        call, self._call, self._positions = self._call, None, None
+        if call is None:
             return args, kwargs
+        user_indices, input_ids = call
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None` for most
-        input_ids = args[0] if args else kwargs.pop("input_ids", None)
-        if len(args) > 1 or input_ids is None or "inputs_embeds" in kwargs:
+        embeds_at_call = "inputs_embeds" in kwargs and "input_ids" in kwargs
+        kwargs.pop("input_ids", None)
+        if len(args) > 1 or input_ids is None or embeds_at_call:
             raise ValueError("A call with users needs `input_ids`, and everything else by keyword.")
         past = kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise ValueError("A call with users cannot continue from a cache; use `generate(..., user_ids=...)`.")
-        conditioned, positions, token, virtual = self.condition(user_indices, input_ids, kwargs.get("attention_mask"))
-        if "position_ids" in kwargs:
-            position_ids = kwargs["position_ids"].expand_as(input_ids)
-            kwargs["position_ids"] = insert_position_ids(position_ids, positions, token, virtual)
-        if "token_type_ids" in kwargs:
-            kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)
+        embeds = kwargs.pop("inputs_embeds", None)
+        conditioned, positions, token, virtual = self.condition(
+            user_indices, input_ids, kwargs.pop("attention_mask", None), embeds
+        )
+        for name, values in kwargs.items():
+            if not isinstance(values, Tensor) or values.shape[-1:] != input_ids.shape[-1:]:
+                continue
+            if name == "position_ids":
+                kwargs[name] = insert_position_ids(values, positions, token, virtual)
+            elif values.shape == input_ids.shape:  # token types, where images are, ...
+                kwargs[name] = insert_values(values, token, virtual, 0)
         self._positions = positions
         return (), {**kwargs, **conditioned}
 

@@ -237,7 +237,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 "Raise `max_length`, or shorten the prompts."
             )
         num_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if num_positions is None or self.args.max_length is None:
+        if num_positions is None or self.args.max_length is None or self._is_vision_dataset:
             return
         length = self.args.max_length
         if length > num_positions and isinstance(self.train_dataset, Dataset):

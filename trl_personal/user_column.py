@@ -18,7 +18,7 @@ def check_user_column(dataset: AnyDataset, column: str, name: str) -> None:
     Make sure that `dataset` can say who each row belongs to.
 
     Raises:
-        `ValueError`: if it is empty, has images, or has no column `column`. `TypeError`: if the column holds neither text nor
+        `ValueError`: if it is empty, or has no column `column`. `TypeError`: if the column holds neither text nor
         integers.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -26,11 +26,6 @@ def check_user_column(dataset: AnyDataset, column: str, name: str) -> None:
     columns = dataset.column_names
     if columns is None:  # a stream that does not declare its columns
         columns = list(next(iter(dataset)))
-    if {"image", "images"} & set(columns):
-        raise ValueError(
-            f"The {name} dataset has images (columns {sorted({'image', 'images'} & set(columns))}). Personalized training "
-            'on images is not supported yet, text only; `user_model_kind="none"` trains as `trl.DPOTrainer` does.'
-        )
     if column not in columns:
         raise ValueError(
             f"The {name} dataset has no `{column}` column; found {sorted(columns)}. Add one, or name yours with "
