@@ -4,8 +4,18 @@ import copy
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from families import SIZES, make_family
+from conftest import LLAMA_SIZES, make_tokenizer
+from families import IDS, SIZES, make_family
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    NemotronHConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
 
@@ -67,3 +77,47 @@ def test_batched_generation_equals_one_by_one(family):
     for row, (prompt, user) in enumerate(zip(PROMPTS, USERS, strict=True)):
         alone = model.generate(**tokenizer([prompt], return_tensors="pt"), user_ids=user, **options)[0, -8:]
         assert torch.equal(together[row], alone), prompt
+
+
+def test_nemotron_h_is_conditioned_and_generation_says_what_is_missing():
+    """Mamba-2, attention and MLP layers in one model; transformers' `generate` takes no embeddings there."""
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        **IDS, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        layers_block_type=["mamba", "attention", "mamba", "mlp"], mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8,
+        n_groups=2, chunk_size=16,
+    )  # fmt: skip
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    model = personalize(copy.deepcopy(plain))
+    ids, users = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([1])
+    embeds = torch.cat([model.user_model(users), plain.get_input_embeddings()(ids)], dim=1)
+    expected = plain(inputs_embeds=embeds).logits[:, NUM_VIRTUAL_TOKENS:]
+    torch.testing.assert_close(model(input_ids=ids, user_indices=users).logits, expected)
+    with pytest.raises(ValueError, match="NemotronHForCausalLM doesn't have its forwarding implemented"):
+        model.generate(ids, user_ids=["ann"], max_new_tokens=2)
+
+
+def test_a_model_that_prepares_its_own_mask_is_refused_by_name():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**sizes, image_size=16, patch_size=8)
+    text = Gemma3TextConfig(**IDS, **SIZES["gemma3_text"])
+    model = personalize(Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval())
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration was given, or has prepared, another one"):
+        model(input_ids=torch.tensor([[5, 6, 7]]), user_indices=torch.tensor([1]))
+
+
+def test_positions_of_several_dimensions_count_on_through_the_soft_prompt():
+    """Qwen2-VL hands its decoder position ids for time, height and width."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        text_config={**LLAMA_SIZES, "vocab_size": 32, "rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8},
+        image_token_id=20, video_token_id=21, vision_start_token_id=22, vision_end_token_id=23,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = Qwen2VLForConditionalGeneration(config).eval()
+    model = personalize(copy.deepcopy(plain))
+    ids, users = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([1])
+    embeds = torch.cat([model.user_model(users), plain.get_input_embeddings()(ids)], dim=1)
+    expected = plain(inputs_embeds=embeds).logits[:, NUM_VIRTUAL_TOKENS:]
+    torch.testing.assert_close(model(input_ids=ids, user_indices=users).logits, expected)
