@@ -52,7 +52,7 @@ def load_example(name):
 
 
 load_example("own_user_model")  # registers "point", which passes every test of the built-in kinds
-KINDS = ["individual", "cluster", "point"]
+KINDS = ["individual", "cluster", "low_rank", "point"]
 
 
 def make_tokenizer(add_bos=False):

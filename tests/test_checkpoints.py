@@ -412,7 +412,9 @@ def test_twenty_kills_at_random_moments_leave_something_to_resume_from(model_dir
     for number in range(20):
         resume = "resume" if number else "start"
         before = max(steps(), default=0)
-        process = subprocess.Popen([*command, "100000", resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "100000", resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         while max(steps(), default=0) <= before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))

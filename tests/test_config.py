@@ -75,9 +75,10 @@ def test_parses_from_the_command_line(tmp_path):
         ({"num_virtual_tokens": 0}, "`num_virtual_tokens` must be at least 1, got 0"),
         ({"num_virtual_tokens": -3}, "`num_virtual_tokens` must be at least 1, got -3"),
         ({"num_clusters": 0}, "`num_clusters` must be at least 1, got 0"),
+        ({"user_rank": 0}, "`user_rank` must be at least 1, got 0"),
         (
             {"user_model_kind": "mystery"},
-            r"no user model of kind 'mystery'. Known kinds: \['cluster', 'individual', 'point'\]",
+            r"no user model of kind 'mystery'. Known kinds: \['cluster', 'individual', 'low_rank', 'point'\]",
         ),
         ({"soft_prompt_init": "zeros"}, "`soft_prompt_init` must be one of .*got 'zeros'"),
         ({"soft_prompt_init": "text"}, '`soft_prompt_init_text` and `soft_prompt_init="text"` go together'),

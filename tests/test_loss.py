@@ -33,7 +33,7 @@ def disturb(trainer, seed=11):
 
 def soft_prompt_by_hand(user_model, user):
     shape = (user_model.config.num_virtual_tokens, user_model.config.token_dim)
-    if user == 0 and user_model.kind in ("individual", "point"):
+    if user == 0 and user_model.kind != "cluster":
         return user_model.generic_prompt
     if user_model.kind == "individual":
         return user_model.generic_prompt + user_model.user_offsets.weight[user].reshape(shape)

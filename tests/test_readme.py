@@ -66,7 +66,9 @@ def test_files_listed_in_the_readme_are_those_of_the_package():
 
 def test_every_public_name_is_documented_outside_the_code():
     text = "\n".join(PAGES.values())
-    missing = [name for name in [*trl_personal.__all__, *trl_personal.data.__all__] if name not in text and name[0] != "_"]
+    missing = [
+        name for name in [*trl_personal.__all__, *trl_personal.data.__all__] if name not in text and name[0] != "_"
+    ]
     assert not missing
 
 

@@ -34,7 +34,9 @@ def test_metrics_group_by_term_and_phase(make_trainer, preferences):
 @pytest.mark.parametrize("number_of_users", [2, 8])
 def test_number_of_curves_does_not_grow_with_users(make_trainer, preferences, number_of_users):
     many = preferences.map(lambda row, i: {"user_id": f"user {i % number_of_users}"}, with_indices=True)
-    trainer = make_trainer(eval_strategy="steps", eval_steps=2, trainer_kwargs={"train_dataset": many, "eval_dataset": many})
+    trainer = make_trainer(
+        eval_strategy="steps", eval_steps=2, trainer_kwargs={"train_dataset": many, "eval_dataset": many}
+    )
     trainer.train()
     assert len(set().union(*trainer.state.log_history)) == 59
 
@@ -53,8 +55,12 @@ def test_push_to_hub_makes_a_repository_that_loads_with_its_users(make_trainer, 
 
     class Api:
         def upload_folder(self, folder_path, ignore_patterns, **kwargs):
-            shutil.copytree(folder_path, repository, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True)
-            return CommitInfo(commit_url="https://huggingface.co/me/mine/commit/1", commit_message="", commit_description="", oid="")
+            shutil.copytree(
+                folder_path, repository, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True
+            )
+            return CommitInfo(
+                commit_url="https://huggingface.co/me/mine/commit/1", commit_message="", commit_description="", oid=""
+            )
 
     monkeypatch.setattr(transformers.trainer, "hf_api", Api)
     monkeypatch.setattr(

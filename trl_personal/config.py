@@ -15,12 +15,14 @@ class PersonalizedDPOConfig(DPOConfig):
 
     Parameters:
         user_model_kind (`str`, *optional*, defaults to `"individual"`):
-            How users become soft prompts: `"individual"`, `"cluster"` or any registered kind. `"none"` is plain
-            [`~trl.DPOTrainer`], to the last bit.
+            How users become soft prompts: `"individual"`, `"cluster"`, `"low_rank"` or any registered kind. `"none"` is
+            plain [`~trl.DPOTrainer`], to the last bit.
         num_virtual_tokens (`int`, *optional*, defaults to `10`):
             Vectors in a user's soft prompt.
         num_clusters (`int`, *optional*, defaults to `10`):
             Shared soft prompts of the `"cluster"` kind.
+        user_rank (`int`, *optional*, defaults to `32`):
+            Numbers per user of the `"low_rank"` kind.
         soft_prompt_init (`str`, *optional*, defaults to `"sample_vocab"`):
             Where soft prompts start: `"sample_vocab"` (embeddings of random tokens), `"random"` (noise on their scale) or
             `"text"` (embeddings of `soft_prompt_init_text`). Draws follow `seed`.
@@ -37,12 +39,13 @@ class PersonalizedDPOConfig(DPOConfig):
     user_model_kind: str = field(
         default="individual",
         metadata={
-            "help": "How users become soft prompts: 'individual', 'cluster' or any registered kind. 'none' is plain "
-            "DPOTrainer."
+            "help": "How users become soft prompts: 'individual', 'cluster', 'low_rank' or any registered kind. 'none' is "
+            "plain DPOTrainer."
         },
     )
     num_virtual_tokens: int = field(default=10, metadata={"help": "Vectors in a user's soft prompt."})
     num_clusters: int = field(default=10, metadata={"help": "Shared soft prompts of the 'cluster' kind."})
+    user_rank: int = field(default=32, metadata={"help": "Numbers per user of the 'low_rank' kind."})
     soft_prompt_init: str = field(
         default="sample_vocab",
         metadata={
@@ -66,7 +69,7 @@ class PersonalizedDPOConfig(DPOConfig):
         super().__post_init__()
         if not 0.0 <= self.personalization_alpha <= 1.0:
             raise ValueError(f"`personalization_alpha` must lie in [0, 1], got {self.personalization_alpha}.")
-        for name in ("num_virtual_tokens", "num_clusters"):
+        for name in ("num_virtual_tokens", "num_clusters", "user_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.user_model_kind != "none":

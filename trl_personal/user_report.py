@@ -1,4 +1,4 @@
-"""A closer look at users: the trainer's evaluation of each one, answers to the same prompts, and how a run was made."""
+"""What comes out of a run, user by user: a summary for a file, tables to print, and how the run was made."""
 
 import os
 import platform
@@ -13,111 +13,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.progress import track
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
 
 from ._version import __version__
 from .users import UserId
 
 
-def evaluate_by_user(
-    trainer: Trainer,
-    dataset: Dataset,
-    as_user: Mapping[str, str | None] | None = None,
-    user_id_column: str = "user_id",
-    description: str = "Evaluating users",
-) -> dict[str, dict[str, float]]:
-    """
-    `trainer.evaluate` on the rows of one user at a time.
-
-    Args:
-        trainer ([`PersonalizedDPOTrainer`]): With users or without.
-        dataset (`Dataset`): Rows of several users, as for `evaluate`.
-        as_user (`Mapping`, *optional*): Score a user's rows with the soft prompt of the user given here (`None`: the generic
-            user's). Users who are not in it keep their own.
-        user_id_column (`str`, *optional*, defaults to `"user_id"`): Column with the user of each pair.
-        description (`str`, *optional*): Shown beside the progress bar.
-
-    Returns:
-        The metrics of each user of `dataset`, in order of first appearance, under the name in `dataset`. Shares are means over
-        batches: exact if a user's rows fill batches evenly or are a single one.
-
-    ```python
-    own = evaluate_by_user(trainer, test)
-    swapped = evaluate_by_user(trainer, test, as_user={"ann": "bo", "bo": "ann"})
-    own["ann"]["eval_rewards/accuracies"], swapped["ann"]["eval_rewards/accuracies"]
-    ```
-    """
-    as_user = as_user or {}
-    bars = [bar for bar in map(trainer.pop_callback, (ProgressCallback, PrinterCallback)) if bar is not None]
-    positions: dict[str, list[int]] = {}
-    for position, user_id in enumerate(dataset[user_id_column]):
-        positions.setdefault(user_id, []).append(position)
-    metrics = {}
-    for user_id in track(positions, description, disable=trainer.args.disable_tqdm, transient=True):
-        rows = dataset.select(positions[user_id]).remove_columns(user_id_column)
-        rows = rows.add_column(user_id_column, [as_user.get(user_id, user_id)] * len(rows))
-        metrics[user_id] = trainer.evaluate(rows)
-    for bar in bars:
-        trainer.add_callback(bar)
-    return metrics
-
-
-def answers_by_user(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    user_ids: Sequence[UserId],
-    batch_size: int = 32,
-    description: str = "Writing answers",
-    **generate_kwargs: Any,
-) -> dict[UserId, list[str]]:
-    """
-    An answer to every prompt for every user, generated in left-padded batches that mix users and prompts.
-
-    Args:
-        model: With a user model attached.
-        tokenizer: Padded on the left here, whatever its own side; the next tokens are decoded without special tokens.
-        prompts (`Sequence[str]`): The same for all users.
-        user_ids (`Sequence`): Users; `None` is the generic one.
-        batch_size (`int`, *optional*, defaults to `32`): Rows generated at once.
-        description (`str`, *optional*): Shown beside the progress bar.
-        **generate_kwargs: Of `model.generate`.
-
-    Returns:
-        For each user the answers, in the order of `prompts`.
-    """
-    rows = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
-    answers: dict[UserId, list[str]] = {user_id: [] for user_id in user_ids}
-    model.eval()
-    for start in track(range(0, len(rows), batch_size), description, transient=True):
-        batch_users, batch_prompts = zip(*rows[start : start + batch_size], strict=True)
-        inputs = tokenizer(list(batch_prompts), return_tensors="pt", padding=True, padding_side="left")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        outputs = model.generate(**inputs, user_ids=list(batch_users), **generate_kwargs)
-        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for user_id, text in zip(batch_users, texts, strict=True):
-            answers[user_id].append(text)
-    return answers
-
-
-def opposite_users(preferences: Mapping[str, str]) -> dict[str, str]:
-    """
-    For each user one with another preference, in turn; users are left out if all prefer the same.
-
-    ```python
-    >>> opposite_users({"ann": "longer", "bo": "shorter", "cy": "longer", "di": "shorter"})
-    {'ann': 'bo', 'bo': 'ann', 'cy': 'di', 'di': 'cy'}
-    ```
-    """
-    opposite = {}
-    for preference in set(preferences.values()):
-        members = [user_id for user_id, other in preferences.items() if other == preference]
-        others = [user_id for user_id, other in preferences.items() if other != preference]
-        if others:
-            opposite.update({user_id: others[i % len(others)] for i, user_id in enumerate(members)})
-    return {user_id: opposite[user_id] for user_id in preferences if user_id in opposite}
+GENERIC_USER = "generic user"  # its name where a table or a file needs one
+NUMBERS = (
+    *("accuracy_own", "accuracy_generic", "accuracy_swapped"),
+    *("mean_generated_length", "mean_chosen_length", "empty_share"),
+)
 
 
 def count_words(text: str) -> int:
@@ -130,64 +36,91 @@ def summarize_users(
     own: Mapping[str, Mapping[str, float]],
     swapped: Mapping[str, Mapping[str, float]],
     vanilla: Mapping[str, Mapping[str, float]],
+    prompts: Sequence[str],
     answers: Mapping[UserId, Sequence[str]],
 ) -> dict[str, Any]:
     """
-    A row of numbers for each user, and what they come to.
+    A row of numbers for each user, and what they come to; ready for JSON. Lengths are in words.
 
     Args:
         dataset (`Dataset`): The pairs of the evaluations, with `user_id`, `preference` and `chosen`.
-        own, swapped, vanilla: What [`evaluate_by_user`] returns with the own prompt, with that of a user of another
-            preference, and for a model without users.
-        answers: What [`answers_by_user`] returns; the user `None` is the generic one.
+        own (`Mapping`): What [`evaluate_by_user`] returns,
+        swapped (`Mapping`): ... with the soft prompts of users of another preference,
+        vanilla (`Mapping`): ... for a model without users.
+        prompts (`Sequence[str]`): What [`answers_by_user`] was given,
+        answers (`Mapping`): ... and what it returned, for the generic user `None` too.
 
     Returns:
-        `users` (the rows), `means`, `majority_share` (of the pairs that follow the more frequent preference: what a model
-        without users can reach), `vanilla_accuracy` over all pairs, and `generic_length`. Lengths are in words.
+        `users` and `generic` (rows), `means`, `length_by_preference`, `vanilla_accuracy` over all pairs, `majority_share` (of
+        the pairs that follow the more frequent preference: what a model without users can reach) and `samples`, the
+        answers of all users to each prompt.
     """
     preferences = dict(zip(dataset["user_id"], dataset["preference"], strict=True))
-    rows = []
-    for user_id, metrics in own.items():
-        chosen = [text for user, text in zip(dataset["user_id"], dataset["chosen"], strict=True) if user == user_id]
-        lengths = [count_words(text) for text in answers[user_id]]
-        rows.append(
-            {
-                "user_id": user_id,
-                "preference": preferences[user_id],
-                "num_pairs": len(chosen),
-                "accuracy_own": metrics["eval_rewards/accuracies"],
-                "accuracy_generic": metrics["eval_generic/rewards/accuracies"],
-                "accuracy_swapped": swapped[user_id]["eval_rewards/accuracies"],
-                "mean_generated_length": mean(lengths),
-                "mean_chosen_length": mean(map(count_words, chosen)),
-                "empty_share": mean(length == 0 for length in lengths),
-            }
-        )
+    chosen: dict[str, list[int]] = {user_id: [] for user_id in preferences}
+    for user_id, text in zip(dataset["user_id"], dataset["chosen"], strict=True):
+        chosen[user_id].append(count_words(text))
+    rows = [
+        {
+            "user_id": user_id,
+            "preference": preference,
+            "num_pairs": len(chosen[user_id]),
+            "accuracy_own": own[user_id]["eval_rewards/accuracies"],
+            "accuracy_generic": own[user_id]["eval_generic/rewards/accuracies"],
+            "accuracy_swapped": swapped[user_id]["eval_rewards/accuracies"],
+            "mean_chosen_length": mean(chosen[user_id]),
+            **_lengths(answers[user_id]),
+        }
+        for user_id, preference in preferences.items()
+    ]
+    correct = [vanilla[user_id]["eval_rewards/accuracies"] * len(chosen[user_id]) for user_id in preferences]
     return {
         "users": rows,
-        "means": {name: mean(row[name] for row in rows) for name in rows[0] if isinstance(rows[0][name], float)},
+        "generic": {"user_id": GENERIC_USER, "preference": None, **_lengths(answers[None])},
+        "means": {name: mean(row[name] for row in rows) for name in NUMBERS},
         "length_by_preference": {
             preference: mean(row["mean_generated_length"] for row in rows if row["preference"] == preference)
             for preference in sorted(set(preferences.values()))
         },
-        "generic_length": mean(map(count_words, answers[None])),
-        "vanilla_accuracy": sum(vanilla[row["user_id"]]["eval_rewards/accuracies"] * row["num_pairs"] for row in rows)
-        / len(dataset),
+        "vanilla_accuracy": sum(correct) / len(dataset),
         "majority_share": max(Counter(dataset["preference"]).values()) / len(dataset),
+        "samples": [
+            {"prompt": prompt, "answers": {user_id or GENERIC_USER: texts[i] for user_id, texts in answers.items()}}
+            for i, prompt in enumerate(prompts)
+        ],
+    }
+
+
+def _lengths(answers: Sequence[str]) -> dict[str, Any]:
+    lengths = [count_words(answer) for answer in answers]
+    return {
+        "mean_generated_length": mean(lengths),
+        "empty_share": mean(length == 0 for length in lengths),
+        "generated_lengths": lengths,
     }
 
 
 def users_table(summary: Mapping[str, Any]) -> Table:
-    """The rows of [`summarize_users`] as a table to print."""
-    table = Table("user", "prefers", "pairs", title="Pair accuracy by soft prompt, and length of answers in words")
-    for heading in ("own", "generic", "opposite", "generated", "chosen"):
+    """The numbers of [`summarize_users`], to print."""
+    table = Table("user", "prefers", title="Pair accuracy by soft prompt, and length of answers in words")
+    for heading in ("pairs", "own", "generic", "opposite", "generated", "chosen"):
         table.add_column(heading, justify="right")
     for row in [*summary["users"], {"user_id": "mean", **summary["means"]}]:
-        accuracies = [f"{row[f'accuracy_{name}']:.2f}" for name in ("own", "generic", "swapped")]
-        lengths = [f"{row[f'mean_{name}_length']:.1f}" for name in ("generated", "chosen")]
-        table.add_row(row["user_id"], row.get("preference"), str(row.get("num_pairs", "")), *accuracies, *lengths)
-    table.add_row("generic user", "", "", "", "", "", f"{summary['generic_length']:.1f}")
-    table.caption = f"vanilla DPO {summary['vanilla_accuracy']:.2f}, majority share {summary['majority_share']:.2f}"
+        numbers = [f"{row[name]:.{2 if name.startswith('accuracy') else 1}f}" for name in NUMBERS[:5]]
+        table.add_row(row["user_id"], row.get("preference"), str(row.get("num_pairs", "")), *numbers)
+    table.add_row(GENERIC_USER, *[""] * 5, f"{summary['generic']['mean_generated_length']:.1f}")
+    table.caption = (
+        f"vanilla DPO: accuracy {summary['vanilla_accuracy']:.2f}, majority share {summary['majority_share']:.2f}"
+    )
+    return table
+
+
+def answers_table(summary: Mapping[str, Any], prompt_index: int, user_ids: Sequence[str]) -> Table:
+    """What some users (or `GENERIC_USER`) are answered to one prompt, side by side, from [`summarize_users`]."""
+    sample = summary["samples"][prompt_index]
+    preferences = {row["user_id"]: f"prefers {row['preference']}" for row in summary["users"]}
+    headings = [f"{user_id}\n{preferences.get(user_id, '')}" for user_id in user_ids]
+    table = Table(*headings, title=sample["prompt"], title_justify="left", title_style="dim")
+    table.add_row(*(sample["answers"][user_id].strip() for user_id in user_ids))
     return table
 
 
@@ -200,5 +133,5 @@ def describe_run() -> dict[str, Any]:
             "trl_personal": __version__,
             **{name: version(name) for name in ("trl", "transformers", "peft", "torch")},
         },
-        "hardware": f"{os.cpu_count()} CPU cores ({torch.get_num_threads()} threads used), {accelerator}, {platform.platform()}",
+        "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {accelerator}, {platform.platform()}",
     }

@@ -1,4 +1,4 @@
-"""The options of `trl-personal`, `generate` and `info`. Only the standard library, so that `--help` is fast."""
+"""The options of `trl-personal`, `audit`, `generate` and `info`. Only the standard library, so that `--help` is fast."""
 
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 
@@ -10,6 +10,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 MAIN_EPILOG = """\
 commands:
+  audit     what preferences allow before training: users, leakage, room for personalization
   dpo       train on the preferences of users: `trl dpo` with a user_id column
   generate  answers of a trained model, for every prompt and every user
   info      what a trained model is: kind, users, sizes, versions
@@ -44,8 +45,36 @@ def make_main_parser() -> ArgumentParser:
         action="store_true",
         help="`dpo` trains in this process: for use under `torchrun -m` or `accelerate launch -m`",
     )
-    parser.add_argument("command", metavar="COMMAND", choices=("dpo", "generate", "info"), help="see below")
+    parser.add_argument("command", metavar="COMMAND", choices=("audit", "dpo", "generate", "info"), help="see below")
     parser.add_argument("arguments", nargs=REMAINDER, help=SUPPRESS).required = False
+    return parser
+
+
+def make_audit_parser() -> ArgumentParser:
+    """The options of `trl-personal audit`."""
+    parser = ArgumentParser(
+        prog=f"{PROG} audit",
+        description="What preference data allow, before anything is trained: users, agreement, leakage between splits, and "
+        "whether there is room for personalization on simple features of the texts.",
+        epilog="The exit code is 0 whatever is recommended.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dataset", help="a file, a folder of files or of `save_to_disk`, or a name on the hub")
+    parser.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
+    parser.add_argument("--user_id_column", default="user_id", metavar="NAME", help="default: user_id")
+    parser.add_argument(
+        "--split_column", metavar="NAME", help="column with the split of each row, if one file has several"
+    )
+    parser.add_argument(
+        "--min_pairs", type=_positive, default=20, metavar="N", help="users with fewer have too few; default: 20"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="write audit.json (with the ids of users) and audit.png there"
+    )
+    parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and shuffles; default: 0")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -1,6 +1,7 @@
 from .base import USER_MODELS, UserModel, UserModelConfig, get_user_model_class, register_user_model
 from .cluster import ClusterUserModel, ClusterUserModelConfig
 from .individual import IndividualUserModel
+from .low_rank import LowRankUserModel, LowRankUserModelConfig
 
 
 __all__ = [
@@ -8,6 +9,8 @@ __all__ = [
     "ClusterUserModel",
     "ClusterUserModelConfig",
     "IndividualUserModel",
+    "LowRankUserModel",
+    "LowRankUserModelConfig",
     "UserModel",
     "UserModelConfig",
     "get_user_model_class",

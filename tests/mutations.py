@@ -1,0 +1,1156 @@
+"""
+Mutation testing of the core: mistakes put in one at a time, each of which some test has to notice.
+
+    python tests/mutations.py                          # all of them, a table at the end
+    python tests/mutations.py --json mutations.json    # the results to a file too
+    python tests/mutations.py --only "alpha swapped"   # one of them, by name
+
+The package and its tests are copied to a temporary folder and changed there; the checkout stays as it is. A mutation is
+killed if one of its test files fails, and survives if all pass: then a test is missing. The exit code is 1 if any survived,
+and 2 if a text to replace occurs no longer exactly once (the list is out of date) or the tests fail without a mutation.
+
+Takes about twenty minutes in one process on two CPU cores: ten to fifteen seconds a mutation, most of them for imports.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("trl_personal", "tests", "examples", "docs", "pyproject.toml")
+TIMEOUT = 600  # seconds; a mutation that hangs the tests is killed
+
+
+class Mutation(NamedTuple):
+    """A text of `file` (in `trl_personal/`) that occurs once, what replaces it, and the tests to run, `test_*.py` each."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = [
+    # --- Who is in which row
+    Mutation(
+        "row off by one in the vocabulary",
+        "users.py",
+        "start=GENERIC_USER_INDEX + 1)",
+        "start=GENERIC_USER_INDEX)",
+        ("users",),
+    ),
+    Mutation(
+        "unknown user gets row 1",
+        "users.py",
+        "self._index.get(user_id, GENERIC_USER_INDEX) if",
+        "self._index.get(user_id, 1) if",
+        ("users",),
+    ),
+    Mutation(
+        "missing user gets row 1",
+        "users.py",
+        "if user_id else GENERIC_USER_INDEX for",
+        "if user_id else 1 for",
+        ("users",),
+    ),
+    Mutation(
+        "decoding off by one",
+        "users.py",
+        "else self._user_ids[index - 1]",
+        "else self._user_ids[index - 2]",
+        ("users",),
+    ),
+    Mutation(
+        "extending puts new users first",
+        "users.py",
+        "[*self._user_ids, *(user_id for user_id in new if user_id and user_id not in self._index)]",
+        "[*(user_id for user_id in new if user_id and user_id not in self._index), *self._user_ids]",
+        ("users",),
+    ),
+    Mutation(
+        "vocabularies in another order are equal",
+        "users.py",
+        "self._user_ids == other._user_ids",
+        "set(self._user_ids) == set(other._user_ids)",
+        ("core_details",),
+    ),
+    Mutation(
+        "vocabulary saved in alphabetical order",
+        "users.py",
+        "json.dumps(self._index, ",
+        "json.dumps({user_id: row for row, user_id in enumerate(sorted(self._index), start=1)}, ",
+        ("users",),
+    ),
+    Mutation(
+        "vocabulary loaded in the order of its file",
+        "users.py",
+        "return cls(user_ids[row] for row in range(1, len(index) + 1))",
+        "return cls(index)",
+        ("core_details",),
+    ),
+    Mutation(
+        "users collected in sorted order",
+        "user_column.py",
+        "dict.fromkeys(iterate_user_ids(dataset, column, name))",
+        "dict.fromkeys(sorted(iterate_user_ids(dataset, column, name), key=str))",
+        ("core_details",),
+    ),
+    Mutation(
+        "known users move to the order of a new dataset",
+        "trainer.py",
+        "vocab = known[1].extend(vocab)",
+        "vocab = vocab.extend(known[1])",
+        ("core_details",),
+    ),
+    Mutation(
+        "batch of users is not chosen then rejected",
+        "collator.py",
+        "torch.tensor(rows).repeat(2)",
+        "torch.tensor(rows).repeat_interleave(2)",
+        ("collator",),
+    ),
+    Mutation(
+        "user column dropped as unused",
+        "trainer.py",
+        "columns.append(self.args.user_id_column)",
+        "pass",
+        ("collator",),
+    ),
+    # --- User models
+    Mutation(
+        "e_0 left out of individual",
+        "user_models/individual.py",
+        "return self.generic_prompt + offsets.view(",
+        "return offsets.view(",
+        ("user_models",),
+    ),
+    Mutation(
+        "offset of the generic row is trained",
+        "user_models/individual.py",
+        ", padding_idx=GENERIC_USER_INDEX",
+        "",
+        ("user_models",),
+    ),
+    Mutation(
+        "offsets start at random",
+        "user_models/individual.py",
+        "        nn.init.zeros_(self.user_offsets.weight)\n",
+        "",
+        ("user_models",),
+    ),
+    Mutation(
+        "softmax dropped in cluster",
+        "user_models/cluster.py",
+        ".softmax(dim=-1)",
+        "",
+        ("user_models",),
+    ),
+    Mutation(
+        "softmax over the batch in cluster",
+        "user_models/cluster.py",
+        ".softmax(dim=-1)",
+        ".softmax(dim=0)",
+        ("user_models",),
+    ),
+    Mutation(
+        "weights of users detached in cluster",
+        "user_models/cluster.py",
+        "weights, self.cluster_prompts)",
+        "weights.detach(), self.cluster_prompts)",
+        ("user_models",),
+    ),
+    Mutation(
+        "prompts of clusters detached",
+        "user_models/cluster.py",
+        "weights, self.cluster_prompts)",
+        "weights, self.cluster_prompts.detach())",
+        ("loss",),
+    ),
+    Mutation(
+        "weights of users start at random in cluster",
+        "user_models/cluster.py",
+        "        nn.init.zeros_(self.user_logits.weight)\n",
+        "",
+        ("user_models",),
+    ),
+    Mutation(
+        "new users of cluster start at the even mixture",
+        "user_models/cluster.py",
+        "= self.user_logits.weight[GENERIC_USER_INDEX]",
+        "= 0",
+        ("user_models",),
+    ),
+    Mutation(
+        "new users appended with the offset of another",
+        "user_models/base.py",
+        "                new[: old.shape[0]] = old.to(new.device)\n",
+        "                new[:] = old[-1]\n                new[: old.shape[0]] = old.to(new.device)\n",
+        ("user_models",),
+    ),
+    Mutation(
+        "known users moved when the table grows",
+        "user_models/base.py",
+        "new[: old.shape[0]] = old.to(new.device)",
+        "new[-old.shape[0] :] = old.to(new.device)",
+        ("user_models",),
+    ),
+    Mutation(
+        "weights of another shape are loaded",
+        "user_models/base.py",
+        "if found != wanted:",
+        "if found.keys() != wanted.keys():",
+        ("user_models",),
+    ),
+    # --- Initial prompts
+    Mutation(
+        "initial rows drawn without the seed",
+        "user_models/initialization.py",
+        "torch.randint(vocab_size, (size,), generator=generator)",
+        "torch.randint(vocab_size, (size,))",
+        ("user_models",),
+    ),
+    Mutation(
+        "seed of the initial rows ignored",
+        "user_models/initialization.py",
+        ".manual_seed(seed)",
+        ".manual_seed(0)",
+        ("user_models",),
+    ),
+    Mutation(
+        "noise drawn without the seed",
+        "user_models/initialization.py",
+        "rows.shape[-1], generator=generator)",
+        "rows.shape[-1])",
+        ("core_details",),
+    ),
+    Mutation(
+        "random prompts around zero",
+        "user_models/initialization.py",
+        "rows.mean() + rows.std() * noise",
+        "rows.std() * noise",
+        ("user_models",),
+    ),
+    Mutation(
+        "initial rows past the embedding's scale",
+        "user_models/initialization.py",
+        "embedding(ids.to(device)).float()",
+        "embedding.weight[ids.to(device)].float()",
+        ("core_details",),
+    ),
+    Mutation(
+        "initial rows from the padding of the vocabulary",
+        "trainer.py",
+        "min(embedding.num_embeddings, len(self._tokenizer))",
+        "embedding.num_embeddings",
+        ("core_details",),
+    ),
+    Mutation(
+        "initial prompt never set",
+        "trainer.py",
+        "            user_model.initialize(draw)\n",
+        "            pass\n",
+        ("trainer",),
+    ),
+    Mutation(
+        "drawing users moves the global generator",
+        "trainer.py",
+        "with torch.random.fork_rng():",
+        "with nullcontext():",
+        ("core_details",),
+    ),
+    # --- Soft prompt into the batch
+    Mutation(
+        "soft prompt always first",
+        "soft_prompt.py",
+        "return first + input_ids.gather(1, first[:, None]).squeeze(1).eq(bos_token_id).long()",
+        "return first",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "soft prompt always after the first token",
+        "soft_prompt.py",
+        "return first + input_ids.gather(1, first[:, None]).squeeze(1).eq(bos_token_id).long()",
+        "return first + 1",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "padding assumed on the right",
+        "soft_prompt.py",
+        "first = attention_mask.ne(0).int().argmax(dim=1)",
+        "first = input_ids.new_zeros(input_ids.shape[0])",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "attention mask zero at virtual tokens",
+        "soft_prompt.py",
+        "insert_values(mask, token, virtual, 1)",
+        "insert_values(mask, token, virtual, 0)",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "order of the virtual tokens reversed",
+        "soft_prompt.py",
+        "soft_prompt.to(inputs_embeds)[rows",
+        "soft_prompt.flip(1).to(inputs_embeds)[rows",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "soft prompt not cast to the embeddings",
+        "soft_prompt.py",
+        "soft_prompt.to(inputs_embeds)[rows",
+        "soft_prompt[rows",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "embedding table read past its module",
+        "soft_prompt.py",
+        "self.causal_lm.get_input_embeddings()(input_ids)",
+        "self.causal_lm.get_input_embeddings().weight[input_ids]",
+        ("families",),
+    ),
+    Mutation(
+        "images dropped from the embeddings",
+        "soft_prompt.py",
+        'kwargs.pop("attention_mask", None), embeds\n',
+        'kwargs.pop("attention_mask", None), None\n',
+        ("vision",),
+    ),
+    Mutation(
+        "position ids not shifted behind the soft prompt",
+        "soft_prompt.py",
+        "    moved = moved + num_virtual_tokens * (token >= positions[:, None])\n",
+        "",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "position ids stand still in the soft prompt",
+        "soft_prompt.py",
+        "virtual >= 0, start + virtual, moved",
+        "virtual >= 0, start, moved",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "position ids start over where the soft prompt is last",
+        "soft_prompt.py",
+        " + (positions[:, None] == seq_len).long()",
+        "",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "token types of virtual tokens are one",
+        "soft_prompt.py",
+        "kwargs[name] = insert_values(values, token, virtual, 0)",
+        "kwargs[name] = insert_values(values, token, virtual, 1)",
+        ("core_details",),
+    ),
+    # --- ... and out of the outputs
+    Mutation(
+        "token in front of the soft prompt predicts what follows",
+        "soft_prompt.py",
+        "torch.where(column + 1 < positions[:, None], column, column + num_virtual_tokens)",
+        "torch.where(column < positions[:, None], column, column + num_virtual_tokens)",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "outputs one column early",
+        "soft_prompt.py",
+        "torch.where(column + 1 < positions[:, None], column, column + num_virtual_tokens)",
+        "torch.where(column + 1 < positions[:, None], column, column + num_virtual_tokens - 1)",
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "hidden states of layers at other columns",
+        "soft_prompt.py",
+        'tuple(_gather(layer, columns) for layer in outputs["hidden_states"])',
+        'tuple(_gather(layer, real) for layer in outputs["hidden_states"])',
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "attentions transposed",
+        "soft_prompt.py",
+        "layer.take_along_dim(columns[:, None, :, None], 2).take_along_dim(real[:, None, None, :], 3)",
+        "layer.take_along_dim(real[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)",
+        ("core_details",),
+    ),
+    Mutation(
+        "router logits of virtual tokens kept for the last token",
+        "soft_prompt.py",
+        "_gather(layer.view(-1, length, layer.shape[-1]), real)",
+        "_gather(layer.view(-1, length, layer.shape[-1]), columns)",
+        ("core_details",),
+    ),
+    Mutation(
+        "a call without users is conditioned on the generic user",
+        "soft_prompt.py",
+        'kwargs.pop("user_indices", None)',
+        'kwargs.pop("user_indices", kwargs["input_ids"][:, 0] * 0)',
+        ("soft_prompt",),
+    ),
+    Mutation(
+        "users of a failed call stay for the next",
+        "soft_prompt.py",
+        "        self._call = None\n        if user_indices is not None:\n",
+        "        if user_indices is not None:\n",
+        ("core_details",),
+    ),
+    Mutation(
+        "outputs of the call after a failed one are realigned",
+        "soft_prompt.py",
+        "call, self._call, self._positions = self._call, None, None",
+        "call, self._call = self._call, None",
+        ("core_details",),
+    ),
+    Mutation(
+        "hooks stay after detaching",
+        "soft_prompt.py",
+        "            handle.remove()",
+        "            pass",
+        ("core_details",),
+    ),
+    Mutation(
+        "a decoder that is not called goes unnoticed",
+        "soft_prompt.py",
+        "        if self._call is not None:\n            self._call = None\n",
+        "        if False:\n            self._call = None\n",
+        ("core_details",),
+    ),
+    Mutation(
+        "more users than rows are accepted",
+        "soft_prompt.py",
+        "if user_indices.shape != input_ids.shape[:1]:",
+        "if len(user_indices) < len(input_ids):",
+        ("core_details",),
+    ),
+    Mutation(
+        "masks of another shape are accepted",
+        "soft_prompt.py",
+        'if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:',
+        "if False:",
+        ("core_details",),
+    ),
+    Mutation(
+        "a cache with text in it is continued with users",
+        "soft_prompt.py",
+        "if past is not None and past.get_seq_length() > 0:",
+        "if False:",
+        ("core_details",),
+    ),
+    # --- Attach, generate
+    Mutation(
+        "user tensors in the language model's file",
+        "modeling.py",
+        "set(causal_lm._keys_to_ignore_on_save or ()) | _user_model_keys(user_model)",
+        "set(causal_lm._keys_to_ignore_on_save or ())",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "position of the soft prompt not saved",
+        "modeling.py",
+        "bos_token_id=causal_lm._soft_prompt_insertion.bos_token_id,",
+        "bos_token_id=None,",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "position of the soft prompt not loaded",
+        "modeling.py",
+        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"))',
+        "attach_user_model(model, user_model, user_vocab)",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "position of the soft prompt not the tokenizer's",
+        "trainer.py",
+        "bos_token_id = self._tokenizer.bos_token_id",
+        "bos_token_id = None",
+        ("core_details",),
+    ),
+    Mutation(
+        "wrong number of users accepted in generate",
+        "modeling.py",
+        "if len(user_ids) != batch_size:",
+        "if len(user_ids) < 1:",
+        ("generation",),
+    ),
+    Mutation(
+        "too few users in generate repeated",
+        "modeling.py",
+        "        if len(user_ids) != batch_size:\n",
+        "        user_ids = (list(user_ids) * batch_size)[:batch_size]\n        if len(user_ids) != batch_size:\n",
+        ("generation",),
+    ),
+    Mutation(
+        "max_length of generate not raised",
+        "modeling.py",
+        "kwargs[name] = length + self.user_model.config.num_virtual_tokens",
+        "kwargs[name] = length",
+        ("generation",),
+    ),
+    Mutation(
+        "min_length of generate not raised",
+        "modeling.py",
+        'for name in ("max_length", "min_length"):',
+        'for name in ("max_length",):',
+        ("core_details",),
+    ),
+    Mutation(
+        "placeholder ids in what generate returns",
+        "modeling.py",
+        "        return view.restore(outputs)\n",
+        "        return outputs\n",
+        ("generation",),
+    ),
+    Mutation(
+        "placeholder ids in the dictionary that generate returns",
+        "modeling.py",
+        '            outputs["sequences"] = view.restore(outputs["sequences"])\n',
+        "",
+        ("generation",),
+    ),
+    Mutation(
+        "prompts of several sequences interleaved wrongly",
+        "modeling.py",
+        "self.input_ids.repeat_interleave(sequences.shape[0] // self.input_ids.shape[0], dim=0)",
+        "self.input_ids.repeat(sequences.shape[0] // self.input_ids.shape[0], 1)",
+        ("generation",),
+    ),
+    Mutation(
+        "filler token may be EOS",
+        "modeling.py",
+        "if config.pad_token_id is not None and config.pad_token_id not in _eos_ids(config):",
+        "if config.pad_token_id is not None:",
+        ("core_details",),
+    ),
+    Mutation(
+        "filler token is the first column",
+        "modeling.py",
+        "return input_ids.gather(1, attention_mask.ne(0).int().argmax(dim=1)[:, None])",
+        "return input_ids[:, :1]",
+        ("generation",),
+    ),
+    Mutation(
+        "prompt unseen by penalties",
+        "modeling.py",
+        "insert_values(torch.where(attention_mask.ne(0), input_ids, filler), token, virtual, filler)",
+        "insert_values(filler.expand_as(input_ids), token, virtual, filler)",
+        ("generation",),
+    ),
+    Mutation(
+        "token types of virtual tokens are one in generate",
+        "modeling.py",
+        'kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)',
+        'kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 1)',
+        ("core_details",),
+    ),
+    Mutation(
+        "EOS in the prompt taken for padding",
+        "modeling.py",
+        "if config.pad_token_id is None or config.pad_token_id in _eos_ids(config):",
+        "if config.pad_token_id is None:",
+        ("core_details",),
+    ),
+    Mutation(
+        "padding without a mask taken for text",
+        "modeling.py",
+        "return input_ids.ne(config.pad_token_id).long()",
+        "return torch.ones_like(input_ids)",
+        ("generation",),
+    ),
+    Mutation(
+        "streamer sees placeholders",
+        "modeling.py",
+        '_PromptStreamer(kwargs["streamer"], self.input_ids)',
+        'kwargs["streamer"]',
+        ("generation",),
+    ),
+    Mutation(
+        "processors and criteria see placeholders",
+        "modeling.py",
+        "function(self.restore(ids), scores, **kwargs)",
+        "function(ids, scores, **kwargs)",
+        ("generation",),
+    ),
+    Mutation(
+        "allowed tokens asked with placeholders",
+        "modeling.py",
+        "row, torch.cat([prompts[row].to(ids.device), ids[self.conditioned_length :]])",
+        "row, ids",
+        ("generation",),
+    ),
+    # --- Loss
+    Mutation(
+        "alpha swapped",
+        "trainer.py",
+        "loss = alpha * loss + (1 - alpha) * generic_loss",
+        "loss = (1 - alpha) * loss + alpha * generic_loss",
+        ("loss",),
+    ),
+    Mutation(
+        "generic term dropped in evaluation",
+        "trainer.py",
+        "                loss = alpha * loss + (1 - alpha) * generic_loss",
+        "                if self.model.training:\n                    loss = alpha * loss + (1 - alpha) * generic_loss",
+        ("loss",),
+    ),
+    Mutation(
+        "generic term added unweighted",
+        "trainer.py",
+        "loss = alpha * loss + (1 - alpha) * generic_loss",
+        "loss = alpha * loss + generic_loss",
+        ("loss",),
+    ),
+    Mutation(
+        "alpha above one accepted",
+        "config.py",
+        "if not 0.0 <= self.personalization_alpha <= 1.0:",
+        "if not 0.0 <= self.personalization_alpha:",
+        ("config",),
+    ),
+    Mutation(
+        "loss scaled by the batch",
+        "trainer.py",
+        "loss = alpha * loss + (1 - alpha) * generic_loss",
+        "loss = (alpha * loss + (1 - alpha) * generic_loss) * len(generic_users)",
+        ("loss",),
+    ),
+    Mutation(
+        "generic term detached",
+        "trainer.py",
+        "loss = alpha * loss + (1 - alpha) * generic_loss",
+        "loss = alpha * loss + (1 - alpha) * generic_loss.detach()",
+        ("loss",),
+    ),
+    Mutation(
+        "generic term is the user's again",
+        "trainer.py",
+        'torch.full_like(inputs["user_indices"], GENERIC_USER_INDEX)',
+        'inputs["user_indices"]',
+        ("loss",),
+    ),
+    Mutation(
+        "generic term computed where alpha is one",
+        "trainer.py",
+        "if alpha < 1 or not self.model.training:",
+        "if True:",
+        ("drop_in",),
+    ),
+    Mutation(
+        "generic term not measured where alpha is one",
+        "trainer.py",
+        "if alpha < 1 or not self.model.training:",
+        "if alpha < 1:",
+        ("core_details",),
+    ),
+    Mutation(
+        "users given to the reference",
+        "trainer.py",
+        '{k: v for k, v in inputs.items() if k != "user_indices"}',
+        "inputs",
+        ("loss",),
+    ),
+    Mutation(
+        "reference computed for each term",
+        "trainer.py",
+        "        self.precompute_ref_logps = True\n",
+        "",
+        ("loss",),
+    ),
+    Mutation(
+        "generic metrics among the user's",
+        "trainer.py",
+        "metrics[mode][prefix + name].extend(numbers)",
+        "metrics[mode][name].extend(numbers)",
+        ("loss",),
+    ),
+    Mutation(
+        "tokens counted for both terms",
+        "trainer.py",
+        "logged, self._metrics, self._total_train_tokens = self._metrics, metrics, num_tokens",
+        "logged, self._metrics = self._metrics, metrics",
+        ("loss",),
+    ),
+    Mutation(
+        "tokens logged under both terms",
+        "trainer.py",
+        'if prefix and name != "num_tokens":',
+        "if prefix:",
+        ("loss",),
+    ),
+    # --- Evaluation
+    Mutation(
+        "margin without the reference",
+        "evaluation.py",
+        "return (chosen - ref_chosen_logps) - (rejected - ref_rejected_logps)",
+        "return chosen - rejected",
+        ("evaluation",),
+    ),
+    Mutation(
+        "ld_alpha ignored in the evaluation of users",
+        "trainer.py",
+        "            self.ld_alpha,\n        )\n        return",
+        "            None,\n        )\n        return",
+        ("core_details",),
+    ),
+    Mutation(
+        "a tie counts as right",
+        "trainer.py",
+        "return (margins > 0).float()",
+        "return (margins >= 0).float()",
+        ("core_details",),
+    ),
+    Mutation(
+        "swapped user is the same user",
+        "evaluation.py",
+        "swapped = user_indices % max(num_users, 1) + 1",
+        "swapped = user_indices",
+        ("evaluation",),
+    ),
+    Mutation(
+        "swapped user of the generic user is a person",
+        "evaluation.py",
+        "return torch.where(user_indices == GENERIC_USER_INDEX, user_indices, swapped)",
+        "return swapped",
+        ("evaluation",),
+    ),
+    Mutation(
+        "own and swapped prompts exchanged",
+        "trainer.py",
+        'correct["swapped"] = self._correct_pairs(inputs, recorded[0])',
+        'correct["own"], correct["swapped"] = self._correct_pairs(inputs, recorded[0]), correct["own"]',
+        ("trainer",),
+    ),
+    Mutation(
+        "mean over users becomes a mean over pairs",
+        "evaluation.py",
+        "return sum(accuracies.values()) / len(accuracies)",
+        "return sum(self._correct[name].values()) / sum(self._counts.values())",
+        ("evaluation",),
+    ),
+    Mutation(
+        "worst user becomes the best",
+        "evaluation.py",
+        "return min(self.by_user(name).values())",
+        "return max(self.by_user(name).values())",
+        ("evaluation",),
+    ),
+    Mutation(
+        "generic user counted among users",
+        "evaluation.py",
+        "            if user_index == GENERIC_USER_INDEX:\n",
+        "            if user_index < 0:\n",
+        ("evaluation",),
+    ),
+    Mutation(
+        "pairs of one evaluation counted in the next",
+        "trainer.py",
+        "accuracy, self._user_accuracy = self._user_accuracy, UserAccuracy()",
+        "accuracy = self._user_accuracy",
+        ("core_details",),
+    ),
+    Mutation(
+        "pairs that were predicted counted in the next evaluation",
+        "trainer.py",
+        "            self._user_accuracy = UserAccuracy()  #",
+        "            pass  #",
+        ("drop_in",),
+    ),
+    Mutation(
+        "metrics of the swapped pass among the user's",
+        "trainer.py",
+        'with self._metrics_under(""), self._recorded_log_probs() as recorded:',
+        "with self._recorded_log_probs() as recorded:",
+        ("core_details",),
+    ),
+    Mutation(
+        "metrics of the swapped pass logged",
+        "trainer.py",
+        'with self._metrics_under(""), self._recorded_log_probs() as recorded:',
+        'with self._metrics_under("swapped/"), self._recorded_log_probs() as recorded:',
+        ("core_details",),
+    ),
+    # --- Optimizer, set-up
+    Mutation(
+        "weight decay on users",
+        "trainer.py",
+        '"weight_decay": 0.0}',
+        '"weight_decay": self.args.weight_decay}',
+        ("trainer",),
+    ),
+    Mutation(
+        "user_learning_rate ignored",
+        "trainer.py",
+        'group["lr"] = self.args.user_learning_rate',
+        "pass",
+        ("trainer",),
+    ),
+    Mutation(
+        "user_learning_rate of zero ignored",
+        "trainer.py",
+        "        if self.args.user_learning_rate is not None:\n",
+        "        if self.args.user_learning_rate:\n",
+        ("trainer",),
+    ),
+    Mutation(
+        "an optimizer of the caller goes without users",
+        "trainer.py",
+        "    optimizer.add_param_group(group)\n\n\ndef",
+        "\n\ndef",
+        ("bad_input",),
+    ),
+    Mutation(
+        "user model kept in its own precision",
+        "trainer.py",
+        "user_model.float().requires_grad_(True)",
+        "user_model.requires_grad_(True)",
+        ("core_details",),
+    ),
+    Mutation(
+        "positions of the soft prompt not counted",
+        "trainer.py",
+        "if length + self.args.num_virtual_tokens > num_positions:",
+        "if length > num_positions:",
+        ("bad_input",),
+    ),
+    Mutation(
+        "synced reference takes the users too",
+        "trainer.py",
+        'in model.named_children() if name != "user_model")',
+        "in model.named_children())",
+        ("drop_in",),
+    ),
+    Mutation(
+        "reference is not synced",
+        "trainer.py",
+        "            self.add_callback(SyncPlainRefModelCallback(reference, self.accelerator))\n",
+        "",
+        ("drop_in",),
+    ),
+    # --- Precomputed reference
+    Mutation(
+        "key of the reference forgets max_length",
+        "trainer.py",
+        "(self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)",
+        "(self.args.truncation_mode, self.args.ld_alpha)",
+        ("drop_in",),
+    ),
+    Mutation(
+        "key of the reference forgets ld_alpha",
+        "trainer.py",
+        "(self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)",
+        "(self.args.max_length, self.args.truncation_mode)",
+        ("drop_in",),
+    ),
+    Mutation(
+        "key of the reference forgets the side that is cut",
+        "trainer.py",
+        "(self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)",
+        "(self.args.max_length, self.args.ld_alpha)",
+        ("core_details",),
+    ),
+    Mutation(
+        "key of the reference holds the adapter in training",
+        "reference_cache.py",
+        'trained = [name for name in reference.peft_config if name != "ref"] if isinstance(reference, PeftModel) else []',
+        "trained = []",
+        ("drop_in",),
+    ),
+    Mutation(
+        "key of the reference forgets the adapter that is the reference",
+        "reference_cache.py",
+        'trained = [name for name in reference.peft_config if name != "ref"] if isinstance(reference, PeftModel) else []',
+        "trained = list(reference.peft_config) if isinstance(reference, PeftModel) else []",
+        ("core_details",),
+    ),
+    Mutation(
+        "key of the reference forgets the weights",
+        "reference_cache.py",
+        "        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())\n",
+        "",
+        ("drop_in",),
+    ),
+    Mutation(
+        "key of the reference forgets where a prompt ends",
+        "reference_cache.py",
+        "            digest.update(pc.list_value_length(column).to_numpy(zero_copy_only=False).tobytes())\n",
+        "",
+        ("core_details",),
+    ),
+    Mutation(
+        "users lost with the precomputed reference",
+        "trainer.py",
+        "return concatenate_datasets([dataset, log_probs], axis=1)",
+        "return scored",
+        ("drop_in",),
+    ),
+    # --- Files
+    Mutation(
+        "resumed without the user model",
+        "trainer.py",
+        "            self._load_user_model(resume_from_checkpoint)\n",
+        "            pass\n",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "best model without its user model",
+        "trainer.py",
+        "            self._load_user_model(str(self.state.best_model_checkpoint))\n",
+        "",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "weights under other names not resumed",
+        "trainer.py",
+        "            reload_renamed_weights(self.model, Path(resume_from_checkpoint))\n",
+        "            pass\n",
+        ("core_details",),
+    ),
+    Mutation(
+        "weights under other names not in the best model",
+        "trainer.py",
+        "                reload_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint)))\n",
+        "                pass\n",
+        ("core_details",),
+    ),
+    Mutation(
+        "resumed with other users",
+        "trainer.py",
+        "        if vocab != self.user_vocab:\n",
+        "        if len(vocab) != len(self.user_vocab or ()):\n",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "checkpoints sorted as text",
+        "trainer.py",
+        'key=lambda path: -int(path.name.removeprefix("checkpoint-")),',
+        "key=lambda path: path.name,\n        reverse=True,",
+        ("core_details",),
+    ),
+    Mutation(
+        "checkpoints cut off are not passed over",
+        "trainer.py",
+        '            read_json(path / "trainer_state.json")\n',
+        "            pass\n",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "fingerprints not checked",
+        "modeling.py",
+        "if not path.is_file() or fingerprint(path) != expected:",
+        "if not path.is_file():",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "weights that are gone not noticed",
+        "modeling.py",
+        "if not path.is_file() or fingerprint(path) != expected:",
+        "if path.is_file() and fingerprint(path) != expected:",
+        ("core_details",),
+    ),
+    Mutation(
+        "fingerprints not checked when training goes on",
+        "trainer.py",
+        "            check_fingerprints(folder.parent, config)\n        return model, (user_model, user_vocab)",
+        "            pass\n        return model, (user_model, user_vocab)",
+        ("core_details",),
+    ),
+    Mutation(
+        "fingerprints not checked on resuming",
+        "trainer.py",
+        "        check_fingerprints(folder.parent, config)\n        if vocab",
+        "        if vocab",
+        ("core_details",),
+    ),
+    Mutation(
+        "fingerprints not written",
+        "modeling.py",
+        "for name in sorted(weight_files(directory))}",
+        "for name in ()}",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "fingerprint of the size alone",
+        "files.py",
+        "digest.update(file.read())",
+        "file.read()",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "fingerprint of the first block alone",
+        "files.py",
+        "file.seek((size - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))",
+        "file.seek(0)",
+        ("core_details",),
+    ),
+    Mutation(
+        "config of the user model not written last",
+        "files.py",
+        "(p.name == last, str(p))",
+        "(p.name != last, str(p))",
+        ("core_details",),
+    ),
+    Mutation(
+        "files written in place",
+        "files.py",
+        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "temporary = path",
+        ("core_details",),
+    ),
+    Mutation(
+        "files of a failed save left behind",
+        "files.py",
+        "        shutil.rmtree(staging, ignore_errors=True)",
+        "        pass",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "old shards left beside a new model",
+        "modeling.py",
+        "                (target / name).unlink()\n",
+        "                pass\n",
+        ("checkpoints",),
+    ),
+    Mutation(
+        "users gathered by the caller are not written",
+        "modeling.py",
+        "save_user_model(self, staging, user_state)",
+        "save_user_model(self, staging)",
+        ("core_details",),
+    ),
+    Mutation(
+        "user vocabulary not checked against the table",
+        "modeling.py",
+        "    _check_vocab(user_model, user_vocab)\n    return",
+        "    return",
+        ("core_details",),
+    ),
+]
+
+
+def what_is_wrong_with(mutation: Mutation) -> str | None:
+    """Why `mutation` cannot be applied to the checkout."""
+    text = (ROOT / "trl_personal" / mutation.file).read_text(encoding="utf-8")
+    found = text.count(mutation.old)
+    if found != 1:
+        return f"{mutation.name}: its text occurs {found} times in {mutation.file}, not once: {mutation.old!r}"
+    try:
+        compile(text.replace(mutation.old, mutation.new), mutation.file, "exec")
+    except SyntaxError as error:  # would be killed by any test
+        return f"{mutation.name}: what replaces the text is no Python: {error}"
+    return None
+
+
+@contextmanager
+def mutated(root: Path, mutation: Mutation) -> Iterator[None]:
+    """Inside, the copy in `root` has the mistake."""
+    path = root / "trl_personal" / mutation.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def run_tests(root: Path, names: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the test files pass in the copy, and the first test that does not."""
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHONDONTWRITEBYTECODE": "1",  # a file changed twice in a second would keep its byte code
+        "TMPDIR": str(root / "tmp"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    files = [f"tests/test_{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    try:
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return False, "(timeout)"
+    if run.returncode not in (0, 1):  # 1: tests failed
+        raise RuntimeError(f"pytest could not run {files}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", run.stdout, re.MULTILINE)
+    return run.returncode == 0, failed[1] if failed else ""
+
+
+def copy_repository(root: Path) -> None:
+    """What the tests need, without byte code."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif source.is_file():
+            shutil.copy(source, root / name)
+    (root / "tmp").mkdir()
+
+
+def main() -> int:
+    """Run the mutations that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Put mistakes into a copy of the package; some test has to fail.")
+    parser.add_argument("--only", metavar="NAME", help="this mutation alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    arguments = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if arguments.only in (None, mutation.name)]
+    console = Console(highlight=False, markup=False)
+    problems = [problem for mutation in MUTATIONS if (problem := what_is_wrong_with(mutation))]
+    problems += [f"{name} is listed twice" for name, n in Counter(m.name for m in MUTATIONS).items() if n > 1]
+    if not chosen:
+        problems.append(f"There is no mutation {arguments.only!r}.")
+    if problems:
+        console.print("\n".join(problems))
+        return 2
+
+    results, start = [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        root = Path(folder)
+        copy_repository(root)
+        passed, failed = run_tests(root, tuple(dict.fromkeys(name for mutation in chosen for name in mutation.tests)))
+        if not passed:
+            console.print(f"The tests fail without a mutation: {failed}")
+            return 2
+        for number, mutation in enumerate(chosen, start=1):
+            since = time.monotonic()
+            with mutated(root, mutation):
+                survived, by = run_tests(root, mutation.tests)
+            outcome = "SURVIVED" if survived else "killed"
+            seconds = round(time.monotonic() - since, 1)
+            results.append(
+                {"name": mutation.name, "file": mutation.file, "outcome": outcome, "by": by, "seconds": seconds}
+            )
+            console.print(f"{number}/{len(chosen)} {mutation.name}: {outcome} {by}", soft_wrap=True)
+
+    survivors = sum(result["outcome"] == "SURVIVED" for result in results)
+    total = round(time.monotonic() - start)
+    table = Table(
+        "mutation",
+        "file",
+        "outcome",
+        "by",
+        "seconds",
+        title=f"{len(results)} mutations, {survivors} survived, {total} s",
+    )
+    for result in results:
+        style = "bold red" if result["outcome"] == "SURVIVED" else None
+        table.add_row(*(str(value) for value in result.values()), style=style)
+    console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"seconds": total, "mutations": results}, indent=2) + "\n")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

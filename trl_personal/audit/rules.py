@@ -1,0 +1,241 @@
+"""
+Rules that choose between two answers by simple features, for everybody or for each user, cross-validated.
+
+A rule is a weight for each feature; it picks the answer with the larger weighted sum. The pooled rule is ridge regression on
+the differences between chosen and rejected. A user's rule adds an offset, learned from what the pooled rule leaves over on
+the user's pairs and shrunk towards zero: `offset = C sum(residual * difference) / (num_pairs + shrinkage)`, where `C` is the
+inverse of the regularized covariance of the differences. How much to shrink, and whether to have an offset at all, is chosen
+on other prompts than those a rule is scored on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+
+RIDGES = (10.0, 100.0)  # of the pooled rule
+COVARIANCE_RIDGES = (0.1, 1.0)  # added to a covariance of 1 on the diagonal
+SHRINKAGES = (3.0, 10.0, 30.0, 100.0, 300.0)  # in pairs: a user with that many pairs gets half of the offset
+PRIOR_FACTORS = (0.3, 1.0)  # of the shrinkage that the variance between users asks for
+CLIP = 3.0  # differences of more standard deviations count as that many
+TIE = 1e-6  # margins below it are ties, which count as half right
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
+# By held-out folds and one of them: the scores of each candidate, `(num_candidates, num_pairs)`.
+Scores = dict[tuple[tuple[int, ...], int], FloatArray]
+
+
+class Candidate(NamedTuple):
+    """
+    Offsets of users, in coordinates in which the covariance of the differences is about the identity.
+
+    Args:
+        offsets (`FloatArray`): `(num_users, num_features)`.
+        evidence (`FloatArray`, *optional*): `(num_users,)`. With it there is one candidate for each of `SHRINKAGES`, in which
+            `offsets` are divided by `evidence + shrinkage`.
+    """
+
+    offsets: FloatArray
+    evidence: FloatArray | None = None
+
+
+# What users share with one another: from the sums of residual * difference over each user's pairs `(num_users, num_features)`,
+# the number of those pairs `(num_users,)`, and the mean squared residual, to candidates.
+Sharing = Callable[[FloatArray, FloatArray, float], Sequence[Candidate]]
+
+
+def scale(differences: FloatArray) -> NDArray[np.float32]:
+    """
+    Differences between chosen and rejected `(n, num_features)` in units of their size over all pairs, clipped to ±`CLIP`.
+
+    Which answer was chosen has no influence on the units.
+    """
+    size = np.sqrt((differences**2).mean(axis=0))
+    scaled = differences / np.where(size > 0, size, 1)
+    return np.clip(scaled, -CLIP, CLIP).astype(np.float32)
+
+
+def split_prompts(prompts: IntArray, num_folds: int, rng: np.random.Generator) -> IntArray:
+    """The fold of each pair `(n,)`, all pairs about a prompt in the same one; fewer folds if there are fewer prompts."""
+    num_prompts = int(prompts.max()) + 1
+    fold_of = np.empty(num_prompts, dtype=np.intp)
+    fold_of[rng.permutation(num_prompts)] = np.arange(num_prompts) % min(num_folds, num_prompts)
+    return fold_of[prompts]
+
+
+def score(margins: FloatArray) -> FloatArray:
+    """1 for a right choice, 0 for a wrong one, one half for a tie."""
+    return np.where(np.abs(margins) < TIE, 0.5, (margins > 0).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class _TrainingSet:
+    """
+    What is learned without the folds `held_out`, before users come in: `margins` of pooled rules in the folds to be scored,
+    and `residuals` `(n,)` of one, zero for held-out pairs, with their mean square.
+    """
+
+    held_out: tuple[int, ...]
+    margins: dict[int, list[FloatArray]]
+    residuals: NDArray[np.float32]
+    noise: float
+    whitenings: list[FloatArray]
+
+
+class NestedCrossValidation:
+    """
+    Accuracy of rules on prompts that were held out from learning them and from choosing among them.
+
+    Args:
+        features (`NDArray`): Of [`scale`], `(n, num_features)`.
+        folds (`IntArray`): Of [`split_prompts`], `(n,)`; three folds at least.
+        thorough (`bool`): Choose on all other folds; otherwise on one of them, which is enough if they are large.
+    """
+
+    def __init__(self, features: NDArray[np.float32], folds: IntArray, thorough: bool = True) -> None:
+        self.features = features
+        self.folds = folds
+        self.num_folds = int(folds.max()) + 1
+        self._rows = [np.flatnonzero(folds == fold) for fold in range(self.num_folds)]
+        steps = range(1, self.num_folds if thorough else 2)
+        self._others = [[(fold + step) % self.num_folds for step in steps] for fold in range(self.num_folds)]
+        scored: dict[tuple[int, ...], set[int]] = {(fold,): {fold} for fold in range(self.num_folds)}
+        for fold, others in enumerate(self._others):
+            for other in others:
+                scored.setdefault(_pair(fold, other), set()).add(other)
+        self._sets = [self._learn(held_out, sorted(folds)) for held_out, folds in scored.items()]
+
+    def _learn(self, held_out: tuple[int, ...], scored: Sequence[int]) -> _TrainingSet:
+        learned = ~np.isin(self.folds, held_out)
+        x = self.features[learned].astype(np.float64)
+        products, sums = x.T @ x, x.sum(axis=0)
+        identity = np.eye(x.shape[1])
+        weights = [np.linalg.solve(products + ridge * identity, sums) for ridge in RIDGES]
+        residuals = np.where(learned, 1 - self.features @ weights[-1].astype(np.float32), 0).astype(np.float32)
+        return _TrainingSet(
+            held_out=held_out,
+            margins={f: [self.features[self._rows[f]].astype(np.float64) @ w for w in weights] for f in scored},
+            residuals=residuals,
+            noise=float((residuals.astype(np.float64) ** 2).sum() / max(1, len(x))),
+            whitenings=[_inverse_root(products / max(1, len(x)) + ridge * identity) for ridge in COVARIANCE_RIDGES],
+        )
+
+    @cached_property
+    def _pooled_scores(self) -> Scores:
+        return {(s.held_out, f): np.stack([score(m) for m in s.margins[f]]) for s in self._sets for f in s.margins}
+
+    @cached_property
+    def _pooled_choice(self) -> list[int]:
+        """For each fold the ridge that is best on the others; the larger one of equals."""
+        return [_last_best(self._right_elsewhere(self._pooled_scores, fold)) for fold in range(self.num_folds)]
+
+    def pooled(self) -> FloatArray:
+        """Score `(n,)` of the pooled rule on each pair."""
+        scores = np.empty(len(self.folds))
+        for fold, rows in enumerate(self._rows):
+            scores[rows] = self._pooled_scores[(fold,), fold][self._pooled_choice[fold]]
+        return scores
+
+    def personal(self, users: IntArray, num_users: int, sharing: Sharing | None = None) -> FloatArray:
+        """
+        Score `(n,)` on each pair of the user's rule, or of the pooled rule where that was better on other prompts.
+
+        Args:
+            users (`IntArray`): `(n,)`, 0 to `num_users` - 1.
+            num_users (`int`): Number of users.
+            sharing (`Callable`, *optional*): What users share; default: [`share_prior`].
+        """
+        by_user = _ByUser(users, num_users)
+        scores: Scores = {}
+        for training_set in self._sets:
+            scores.update(self._user_scores(training_set, by_user, sharing or share_prior))
+        result = np.empty(len(users))
+        for fold, rows in enumerate(self._rows):
+            pooled = self._pooled_choice[fold]
+            right = self._right_elsewhere(scores, fold)
+            choice = _last_best(right)  # of equals the most shrunken
+            is_better = right[choice] > self._right_elsewhere(self._pooled_scores, fold)[pooled] + TIE
+            result[rows] = scores[(fold,), fold][choice] if is_better else self._pooled_scores[(fold,), fold][pooled]
+        return result
+
+    def _user_scores(self, training_set: _TrainingSet, by_user: "_ByUser", sharing: Sharing) -> Scores:
+        """Scores of all candidates in the folds to be scored."""
+        sums = by_user.sums(training_set.residuals, self.features)
+        num_pairs = by_user.counts(self.folds, training_set.held_out)
+        scores: dict[int, list[FloatArray]] = {fold: [] for fold in training_set.margins}
+        for root in training_set.whitenings:
+            for candidate in sharing(sums @ root, num_pairs, training_set.noise):
+                weights = (candidate.offsets @ root).astype(np.float32)
+                for fold, margins in training_set.margins.items():
+                    rows = self._rows[fold]
+                    users = by_user.users[rows]
+                    moves = np.einsum("nd,nd->n", self.features[rows], weights[users])
+                    if candidate.evidence is None:
+                        scores[fold].append(score(margins[-1] + moves))
+                        continue
+                    pairs = candidate.evidence[users]
+                    scores[fold] += [score(margins[-1] + moves / (pairs + shrinkage)) for shrinkage in SHRINKAGES]
+        return {(training_set.held_out, fold): np.stack(values) for fold, values in scores.items()}
+
+    def _right_elsewhere(self, scores: Scores, fold: int) -> FloatArray:
+        """Sum of the scores of each candidate on the other folds, learned without those and without `fold`."""
+        return np.sum([scores[_pair(fold, other), other].sum(axis=1) for other in self._others[fold]], axis=0)
+
+
+class _ByUser:
+    """Sums over the pairs of each user."""
+
+    def __init__(self, users: IntArray, num_users: int) -> None:
+        self.users = users
+        self.num_users = num_users
+        self._order = np.argsort(users, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
+
+    def sums(self, weights: NDArray[np.float32], values: NDArray[np.float32]) -> FloatArray:
+        """Of `weights * values`, `(num_users, num_features)`."""
+        shape = (self.num_users, len(weights))
+        return (csr_matrix((weights[self._order], self._order, self._starts), shape=shape) @ values).astype(np.float64)
+
+    def counts(self, folds: IntArray, held_out: tuple[int, ...]) -> FloatArray:
+        """Pairs that are not held out, `(num_users,)`."""
+        return np.bincount(self.users, weights=~np.isin(folds, held_out), minlength=self.num_users).astype(np.float64)
+
+
+def share_nothing(sums: FloatArray, num_pairs: FloatArray, noise: float) -> list[Candidate]:
+    """Each user learns from the own pairs only, as in the user model `individual`."""
+    return [Candidate(sums, num_pairs)]
+
+
+def share_prior(sums: FloatArray, num_pairs: FloatArray, noise: float) -> list[Candidate]:
+    """
+    As [`share_nothing`]; and, learning from all users in which directions they differ, offsets that are shrunk less there.
+
+    How much offsets vary between users comes from the method of moments: what the sums vary more than `noise` explains.
+    """
+    excess = sums.T @ sums - noise * num_pairs.sum() * np.eye(sums.shape[1])
+    values, directions = np.linalg.eigh(excess / max(1.0, float((num_pairs**2).sum())))
+    variances = np.maximum(values, 1e-9)
+    shared = [
+        Candidate((sums @ directions / (num_pairs[:, None] + factor * noise / variances)) @ directions.T)
+        for factor in PRIOR_FACTORS
+    ]
+    return [*shared, *share_nothing(sums, num_pairs, noise)]
+
+
+def _pair(fold: int, other: int) -> tuple[int, int]:
+    return (max(fold, other), min(fold, other))
+
+
+def _inverse_root(matrix: FloatArray) -> FloatArray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors / np.sqrt(values)) @ vectors.T
+
+
+def _last_best(values: FloatArray) -> int:
+    return len(values) - 1 - int(np.argmax(values[::-1]))

@@ -1,0 +1,34 @@
+"""`trl-personal audit`: what preference data allow, before anything is trained."""
+
+import json
+import sys
+from argparse import Namespace
+
+from rich.console import Console
+from trl import DatasetMixtureConfig, ScriptArguments
+
+from ..audit import audit_preferences
+from ..audit.table import audit_table
+from .preferences import load_preferences
+
+
+def run_audit(arguments: Namespace) -> None:
+    """Write the audit of `arguments.dataset` to the standard output, and to the folder `arguments.output` if there is one."""
+    script_args = ScriptArguments(dataset_name=arguments.dataset, dataset_config=arguments.dataset_config)
+    audit = audit_preferences(
+        load_preferences(script_args, DatasetMixtureConfig()),
+        arguments.user_id_column,
+        split_column=arguments.split_column,
+        min_pairs=arguments.min_pairs,
+        seed=arguments.seed,
+    )
+    if arguments.output is not None:
+        audit.save(arguments.output)
+        sys.stderr.write(f"audit.json and audit.png are in {arguments.output}.\n")
+    if arguments.format == "json":
+        found = audit.to_dict()
+        if not arguments.list_users:
+            del found["users"]
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return
+    Console().print(audit_table(audit, arguments.list_users))
