@@ -45,7 +45,7 @@ def evaluate_by_user(
     for position, user_id in enumerate(dataset[user_id_column]):
         positions.setdefault(user_id, []).append(position)
     metrics = {}
-    for user_id in track(positions, description, disable=trainer.args.disable_tqdm, transient=True):
+    for user_id in track(positions, description, disable=bool(trainer.args.disable_tqdm), transient=True):
         rows = dataset.select(positions[user_id]).remove_columns(user_id_column)
         rows = rows.add_column(user_id_column, [as_user.get(user_id, user_id)] * len(rows))
         metrics[user_id] = trainer.evaluate(rows)
@@ -81,11 +81,12 @@ def answers_by_user(
     rows = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
     answers: dict[UserId, list[str]] = {user_id: [] for user_id in user_ids}
     model.eval()
+    generate: Any = model.generate
     for start in track(range(0, len(rows), batch_size), description, transient=True):
         batch_users, batch_prompts = zip(*rows[start : start + batch_size], strict=True)
         inputs = tokenizer(list(batch_prompts), return_tensors="pt", padding=True, padding_side="left")
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        outputs = model.generate(**inputs, user_ids=list(batch_users), **generate_kwargs)
+        outputs = generate(**inputs, user_ids=list(batch_users), **generate_kwargs)
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for user_id, text in zip(batch_users, texts, strict=True):
             answers[user_id].append(text)
