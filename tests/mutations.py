@@ -197,6 +197,40 @@ MUTATIONS = [
         ("user_models",),
     ),
     Mutation(
+        "e_0 left out of low_rank",
+        "user_models/low_rank.py",
+        "return self.generic_prompt + torch.einsum(",
+        "return torch.einsum(",
+        (
+            "user_models",
+            "loss",
+        ),
+    ),
+    Mutation(
+        "factors of the generic row are trained in low_rank",
+        "user_models/low_rank.py",
+        ", padding_idx=GENERIC_USER_INDEX",
+        "",
+        ("user_models",),
+    ),
+    Mutation(
+        "basis detached in low_rank",
+        "user_models/low_rank.py",
+        "self.user_factors(user_indices), self.shared_basis)",
+        "self.user_factors(user_indices), self.shared_basis.detach())",
+        ("loss",),
+    ),
+    Mutation(
+        "basis not scaled to the embeddings in low_rank",
+        "user_models/low_rank.py",
+        "prompt.std() / self.shared_basis.std()",
+        "1.0",
+        (
+            "user_models",
+            "core_details",
+        ),
+    ),
+    Mutation(
         "new users appended with the offset of another",
         "user_models/base.py",
         "                new[: old.shape[0]] = old.to(new.device)\n",
@@ -1078,7 +1112,15 @@ def run_tests(root: Path, names: tuple[str, ...]) -> tuple[bool, str]:
     files = [f"tests/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
     try:
-        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        run = subprocess.run(
+            command,
+            cwd=root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
     except subprocess.TimeoutExpired:
         return False, "(timeout)"
     if run.returncode not in (0, 1):  # 1: tests failed
@@ -1118,10 +1160,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = Path(folder)
         copy_repository(root)
-        passed, failed = run_tests(root, tuple(dict.fromkeys(name for mutation in chosen for name in mutation.tests)))
-        if not passed:
-            console.print(f"The tests fail without a mutation: {failed}")
-            return 2
+        for name in dict.fromkeys(name for mutation in chosen for name in mutation.tests):
+            passed, failed = run_tests(root, (name,))
+            if not passed:
+                console.print(f"The tests fail without a mutation: {failed}")
+                return 2
         for number, mutation in enumerate(chosen, start=1):
             since = time.monotonic()
             with mutated(root, mutation):
