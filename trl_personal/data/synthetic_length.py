@@ -165,9 +165,7 @@ def make_length_preferences(
     {'train': 40, 'test': 10}
     >>> row = dataset["test"][0]
     >>> row["user_id"], row["preference"], len(row["chosen"]) > len(row["rejected"])
-    ('user_01', 'longer', True)
-    >>> row["rejected"]
-    ''
+    ('user_01', 'shorter', False)
     ```
     """
     if min(num_users, train_pairs_per_user, test_pairs_per_user) < 1:
