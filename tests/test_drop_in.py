@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, make_tokenizer
 from datasets import Dataset, DatasetDict, IterableDatasetDict
-from families import make_family
+from families import SIZES, make_family
 from peft import LoraConfig, get_peft_model
 from test_loss import batch_of, disturb, soft_prompt_by_hand
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -266,6 +266,24 @@ def test_modes_without_users_are_trls_to_the_last_bit(make_trainer, make_args, m
         runs.append(build(make_trainer, make_args, trainer_class, "none", mode))
         runs[-1].train()
     assert_same_run(*runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(SIZES))
+def test_every_family_without_users_is_trls_to_the_last_bit(make_trainer, make_args, preferences, tmp_path, family):
+    make_family(family).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    kwargs = {"model": str(tmp_path / "model"), "eval_dataset": preferences}
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    timing, runs = TIMING | {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}, []
+    for trainer_class, args in (
+        (DPOTrainer, make_args(DPOConfig, **settings)),
+        (PersonalizedDPOTrainer, make_args(user_model_kind="none", **settings)),
+    ):
+        trainer = make_trainer(trainer_class=trainer_class, args=args, trainer_kwargs=kwargs)
+        trainer.train()
+        runs.append([{k: v for k, v in log.items() if k not in timing} for log in trainer.state.log_history])
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("data", DATA)
