@@ -9,9 +9,9 @@ The paper's run (GPT-J 6B, TL;DR, LoRA) through the Hub, here with 4-bit weights
 
     accelerate launch examples/gptj_length.py --config examples/configs/gptj_length.yaml --load_in_4bit
 
-The small GPT-J on your own rows, in the raw schema of `openai/summarize_from_feedback`:
+The small GPT-J on your own rows, in the raw schema of `openai/summarize_from_feedback`; fewer rows want a shorter warm-up:
 
-    accelerate launch examples/gptj_length.py --dataset_path rows.jsonl --output_dir out
+    accelerate launch examples/gptj_length.py --dataset_path rows.jsonl --sft_steps 250 --output_dir out
 
 Each run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the personalized model, `results.json`
 with every number, and `length_by_user.png`.

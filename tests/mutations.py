@@ -3,7 +3,7 @@ Mutation testing of the core: mistakes put in one at a time, each of which some 
 
     python tests/mutations.py                          # all of them, a table at the end
     python tests/mutations.py --json mutations.json    # the results to a file too
-    python tests/mutations.py --only "alpha swapped"   # one of them, by name
+    python tests/mutations.py --only "alpha swapped"   # one or more of them, by name
 
 The package and its tests are copied to a temporary folder and changed there; the checkout stays as it is. A mutation is
 killed if one of its test files fails, and survives if all pass: then a test is missing. The exit code is 1 if any survived,
@@ -801,7 +801,7 @@ MUTATIONS = [
         "trainer.py",
         "            self._user_accuracy = UserAccuracy()  #",
         "            pass  #",
-        ("drop_in",),
+        ("core_details",),
     ),
     Mutation(
         "metrics of the swapped pass among the user's",
@@ -1143,15 +1143,15 @@ def copy_repository(root: Path) -> None:
 def main() -> int:
     """Run the mutations that the command line asks for."""
     parser = argparse.ArgumentParser(description="Put mistakes into a copy of the package; some test has to fail.")
-    parser.add_argument("--only", metavar="NAME", help="this mutation alone")
+    parser.add_argument("--only", metavar="NAME", action="append", help="this mutation; may be given several times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if arguments.only in (None, mutation.name)]
+    chosen = [mutation for mutation in MUTATIONS if mutation.name in (arguments.only or [mutation.name])]
     console = Console(highlight=False, markup=False)
     problems = [problem for mutation in MUTATIONS if (problem := what_is_wrong_with(mutation))]
     problems += [f"{name} is listed twice" for name, n in Counter(m.name for m in MUTATIONS).items() if n > 1]
-    if not chosen:
-        problems.append(f"There is no mutation {arguments.only!r}.")
+    names = {mutation.name for mutation in MUTATIONS}
+    problems += [f"There is no mutation {name!r}." for name in arguments.only or () if name not in names]
     if problems:
         console.print("\n".join(problems))
         return 2

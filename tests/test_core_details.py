@@ -17,6 +17,8 @@ from trl import DPOTrainer
 from trl_personal import (
     AutoPersonalizedModelForCausalLM,
     IndividualUserModel,
+    LowRankUserModel,
+    LowRankUserModelConfig,
     UserModelConfig,
     UserVocab,
     attach_user_model,
@@ -106,6 +108,15 @@ def test_prompts_start_from_embeddings_as_the_model_scales_them():
     embedding = Scaled(5, 8)
     prompt = soft_prompt_drawer(embedding, 5, 2, "text", text_ids=[4, 1])(1)[0]
     assert torch.equal(prompt, 10 * embedding.weight[[4, 1]])
+
+
+def test_offsets_of_low_rank_start_on_the_scale_of_the_embeddings():
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(50, 64)
+    user_model = LowRankUserModel(LowRankUserModelConfig(2, 10, 64, user_rank=8))
+    user_model.initialize(soft_prompt_drawer(embedding, 50, 10))
+    assert user_model.shared_basis.std().item() == pytest.approx(user_model.generic_prompt.std().item(), rel=1e-4)
+    assert user_model.shared_basis.std().item() == pytest.approx(1.0, rel=0.1)
 
 
 def test_prompts_start_from_tokens_and_not_from_padding_of_the_embedding_table(make_trainer, tmp_path):
@@ -313,6 +324,18 @@ def test_each_evaluation_counts_its_own_pairs(make_trainer, preferences):
         log[name] for log in trainer.state.log_history for name in log if name.endswith("users/accuracy_mean")
     ]
     assert accuracies in ([1.0, 0.0] * 2 + [1.0], [0.0, 1.0] * 2 + [0.0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pairs_that_were_predicted_do_not_count_in_the_next_evaluation(make_trainer, preferences):
+    row = preferences[0]
+    flipped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    one = Dataset.from_list([row])
+    tokenized = make_trainer(trainer_kwargs={"train_dataset": Dataset.from_list([flipped])}).train_dataset
+    trainer = make_trainer()
+    accuracy = trainer.evaluate(one)["eval_users/accuracy_mean"]
+    trainer.predict(tokenized)
+    assert trainer.evaluate(one)["eval_users/accuracy_mean"] == accuracy  # 0 or 1; one half with the other pair
 
 
 def test_the_generic_user_is_evaluated_where_alpha_is_one(make_trainer, preferences):

@@ -1,5 +1,6 @@
 """`trl-personal dpo`: what `trl dpo` does, for preferences that belong to users."""
 
+import gc
 import traceback
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,12 @@ def train(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    group = torch.distributed.GroupMember.WORLD if torch.distributed.is_available() else None
     trainer.end()
+    # DDP must not hold the last reference to the group: it would end gloo's thread while that one waits for the GIL
+    del trainer
+    gc.collect()
+    del group
 
 
 def _checkpoint(training_args: PersonalizedDPOConfig) -> str | bool | None:
