@@ -25,6 +25,7 @@ OVERRIDDEN = [
     "log",
     "save_model",
     "train",
+    "training_step",
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .prefix_sharing import PairPacker
 from .users import UserVocab
 
 
@@ -20,6 +21,7 @@ class DataCollatorForPersonalizedPreference:
         user_vocab ([`UserVocab`]): Rows of the known users.
         user_id_column (`str`, *optional*, defaults to `"user_id"`): Where an example has its user. A missing or `None` user
             is the generic user, and so is one who is not in `user_vocab`.
+        packer ([`~prefix_sharing.PairPacker`], *optional*): Adds `packed_pairs` where it pays to share prompts.
 
     ```python
     >>> from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -43,9 +45,13 @@ class DataCollatorForPersonalizedPreference:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     user_vocab: UserVocab
     user_id_column: str = "user_id"
+    packer: PairPacker | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = self.user_vocab.encode([example.get(self.user_id_column) for example in examples])
         batch = self.collator(examples)
         batch["user_indices"] = torch.tensor(rows).repeat(2)  # the batch is [chosen; rejected]
+        packed = None if self.packer is None else self.packer(batch)
+        if packed is not None:
+            batch["packed_pairs"] = packed
         return batch

@@ -8,6 +8,10 @@ from .user_models import get_user_model_class
 from .user_models.initialization import SOFT_PROMPT_INITS
 
 
+GENERIC_TERMS = ("exact", "sampled")
+SHARE_PREFIX = ("auto", "always", "never")
+
+
 @dataclass
 class PersonalizedDPOConfig(DPOConfig):
     """
@@ -30,6 +34,13 @@ class PersonalizedDPOConfig(DPOConfig):
             The text for `soft_prompt_init="text"`.
         personalization_alpha (`float`, *optional*, defaults to `0.5`):
             Weight of the user's term in the loss; the generic user's term has the rest.
+        generic_term (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` computes both terms for every pair. `"sampled"` computes one of them for each pair, the user's with
+            probability `personalization_alpha`: the same loss in expectation at half the policy passes, with more noise.
+            Evaluation is always exact.
+        share_prefix (`str`, *optional*, defaults to `"auto"`):
+            Whether chosen and rejected share the tokens of their prompt: `"auto"` (in models known to compute the same,
+            for batches where it saves time), `"always"` or `"never"`.
         user_id_column (`str`, *optional*, defaults to `"user_id"`):
             Column with the user of each pair, text or integers. `None` is the generic user.
         user_learning_rate (`float`, *optional*):
@@ -60,6 +71,21 @@ class PersonalizedDPOConfig(DPOConfig):
     personalization_alpha: float = field(
         default=0.5, metadata={"help": "Weight of the user's term in the loss; the generic user's term has the rest."}
     )
+    generic_term: str = field(
+        default="exact",
+        metadata={
+            "help": "Compute both terms of the loss for every pair, or one of them at random: the user's with probability "
+            "`personalization_alpha`.",
+            "choices": list(GENERIC_TERMS),
+        },
+    )
+    share_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether chosen and rejected share the tokens of their prompt: where it saves time, always or never.",
+            "choices": list(SHARE_PREFIX),
+        },
+    )
     user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each pair."})
     user_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if not set."}
@@ -76,6 +102,9 @@ class PersonalizedDPOConfig(DPOConfig):
             get_user_model_class(self.user_model_kind)
         if self.soft_prompt_init not in SOFT_PROMPT_INITS:
             raise ValueError(f"`soft_prompt_init` must be one of {SOFT_PROMPT_INITS}, got {self.soft_prompt_init!r}.")
+        for name, choices in (("generic_term", GENERIC_TERMS), ("share_prefix", SHARE_PREFIX)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if (self.soft_prompt_init == "text") != (self.soft_prompt_init_text is not None):
             raise ValueError(
                 '`soft_prompt_init_text` and `soft_prompt_init="text"` go together: set both, or neither '

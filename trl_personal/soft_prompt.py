@@ -161,8 +161,10 @@ class SoftPromptInsertion:
         self._handles = [
             causal_lm.register_forward_pre_hook(self._take_users, with_kwargs=True),
             causal_lm.register_forward_hook(self._check_users),
-            decoder.register_forward_pre_hook(self._insert, with_kwargs=True),
-            decoder.register_forward_hook(self._realign),
+            decoder.register_forward_pre_hook(
+                self._insert, with_kwargs=True, prepend=True
+            ),  # before masks are made of it
+            decoder.register_forward_hook(self._realign, prepend=True),
         ]
 
     @property

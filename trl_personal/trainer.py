@@ -56,6 +56,7 @@ from .modeling import (
     save_user_model,
     set_user_state,
 )
+from .prefix_sharing import PackingCost, PairPacker, PrefixSharing, reason_not_to_share
 from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
 from .user_column import check_user_column, collect_users, iterate_user_ids
 from .user_models import UserModel, get_user_model_class
@@ -151,6 +152,10 @@ class PersonalizedDPOTrainer(DPOTrainer):
         args = _personalized_args(args, model)
         self.user_model, self.user_vocab = None, None
         self._reference_fingerprint: str | None = None
+        self._packer: PairPacker | None = None
+        self._packing_is_checked, self._warned_of_packing = False, False
+        self._packs_reference = False  # while it is precomputed, as TRL's collator knows nothing of packing
+        self._term: str | None = None  # the one term of the loss that is wanted, else both
         personalized = args.user_model_kind != "none"
         if personalized:
             _refuse_prompt_learning(model, peft_config)
@@ -198,6 +203,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
             self.data_collator = DataCollatorForPersonalizedPreference(
                 self.data_collator, user_vocab, self.args.user_id_column
             )
+        self._share_prefixes()
+        self.data_collator.packer = self._packer
         if self.args.sync_ref_model:
             self.pop_callback(SyncRefModelCallback)
             reference: Any = self.ref_model
@@ -205,6 +212,35 @@ class PersonalizedDPOTrainer(DPOTrainer):
         if self.optimizer is not None:
             _add_to_optimizer(self.optimizer, self.lr_scheduler, self._user_group(user_model))
         logger.info("P-DPO with %d known users, user model %r.", len(user_vocab), user_model.kind)
+
+    def _share_prefixes(self) -> None:
+        """Let the policy and the reference take packed pairs, if `share_prefix` and the model allow it."""
+        if self.args.share_prefix == "never" or self._packer is not None:
+            return
+        causal_lm = get_causal_lm(self.model)
+        reason = reason_not_to_share(causal_lm.config)
+        if self.aux_loss_enabled:
+            reason = "the auxiliary loss of the experts counts every token once"
+        if self._is_vision_dataset:
+            reason = "there are images in the data"
+        if reason is not None:
+            if self.args.share_prefix == "always":
+                raise ValueError(f'`share_prefix="always"` is not possible: {reason}. Set it to "auto" or "never".')
+            if not self._warned_of_packing:
+                logger.warning(
+                    "Chosen and rejected do not share the tokens of their prompt, which takes longer: %s. "
+                    '`share_prefix="never"` turns this message off.',
+                    reason,
+                )
+            self._warned_of_packing = True
+            return
+        PrefixSharing(causal_lm)
+        if self.ref_model is not None:
+            PrefixSharing(get_causal_lm(self.accelerator.unwrap_model(self.ref_model)))
+        cost = PackingCost.of_model(causal_lm, self.args.num_virtual_tokens)
+        self._packer = PairPacker(
+            cost=None if self.args.share_prefix == "always" else cost, selects=self.accelerator.device.type == "cpu"
+        )
 
     def _new_user_model(self, num_users: int) -> UserModel:
         embedding = get_causal_lm(self.model).get_input_embeddings()
@@ -293,15 +329,53 @@ class PersonalizedDPOTrainer(DPOTrainer):
             self.accelerator.wait_for_everyone()
             tokens = load_from_disk(folder)
         tokens._fingerprint = key
-        scored = super()._precompute_ref_logps(tokens, name, batch_size)
+        self._share_prefixes()
+        self._packs_reference = True
+        try:
+            scored = super()._precompute_ref_logps(tokens, name, batch_size)
+        finally:
+            self._packs_reference = False
         log_probs = scored.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
         return concatenate_datasets([dataset, log_probs], axis=1)
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers, with a backward pass for each term of the loss: only one has its activations in memory."""
+        if self.user_model is None or not self._has_two_backward_passes():
+            return super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        with self._reference_in_batch(self._prepare_inputs(inputs)) as inputs:
+            with self._only("user"), self.accelerator.no_sync(model):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            with self._only("generic"):
+                return loss + super().training_step(model, inputs, *args, **kwargs)
+
+    def _has_two_backward_passes(self) -> bool:
+        """Not where there is one term, nor where the backend allows a single backward pass a step."""
+        return (
+            self.args.personalization_alpha < 1
+            and self.args.generic_term == "exact"
+            and not self.is_deepspeed_enabled
+            and not self.args.ddp_static_graph
+            and self.accelerator.parallelism_config is None
+        )
+
+    @contextmanager
+    def _only(self, term: str) -> Iterator[None]:
+        self._term = term
+        try:
+            yield
+        finally:
+            self._term = None
+
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """As in TRL. The reference policy does not see users."""
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "user_indices"})
+        inputs = _without(inputs, "user_indices")
+        if self._packs_reference and self._packer is not None:
+            packed = self._packer(inputs)
+            inputs |= {} if packed is None else {"packed_pairs": packed}
+        return super().compute_ref_log_probs(model, self._with_checked_packing(model, inputs))
 
     def compute_loss(
         self,
@@ -313,19 +387,74 @@ class PersonalizedDPOTrainer(DPOTrainer):
         """TRL's loss for the user and for the generic user, mixed by `personalization_alpha`; one reference pass for both."""
         if self.user_model is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = self._with_checked_packing(model, inputs)
+        if self.model.training and self.args.generic_term == "sampled":
+            with self._reference_in_batch(inputs) as inputs:
+                inputs = {**inputs, "user_indices": self._sampled_users(inputs["user_indices"])}
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         alpha = self.args.personalization_alpha
+        loss, outputs, recorded = 0.0, None, []
         with self._reference_in_batch(inputs) as inputs:
-            with self._recorded_log_probs() as recorded:
-                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss, outputs = result if return_outputs else (result, None)
-            if alpha < 1 or not self.model.training:  # training on the users' term alone needs no second pass
+            if self._term != "generic":
+                with self._recorded_log_probs() as recorded:
+                    result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                user_loss, outputs = result if return_outputs else (result, None)
+                loss = alpha * user_loss
+            # training on the users' term alone needs no second pass
+            if self._term != "user" and (alpha < 1 or not self.model.training):
                 generic_users = torch.full_like(inputs["user_indices"], GENERIC_USER_INDEX)
                 with self._metrics_under("generic/"):
                     generic_loss = super().compute_loss(model, {**inputs, "user_indices": generic_users})
-                loss = alpha * loss + (1 - alpha) * generic_loss
+                loss = loss + (1 - alpha) * generic_loss
             if not self.model.training:
                 self._count_users(model, inputs, recorded[0])
         return (loss, outputs) if return_outputs else loss
+
+    def _sampled_users(self, user_indices: Tensor) -> Tensor:
+        """
+        `(2 * batch,)`, each pair's user with probability `personalization_alpha`, else the generic one. Draws are spread
+        evenly over the batch, so that the share of users varies by less than one pair.
+        """
+        num_pairs = len(user_indices) // 2
+        spread = (torch.randperm(num_pairs) + torch.rand(1)) / num_pairs
+        keeps = (spread < self.args.personalization_alpha).repeat(2).to(user_indices.device)
+        return torch.where(keeps, user_indices, GENERIC_USER_INDEX)
+
+    def _with_checked_packing(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs`, without `packed_pairs` if the first batch came out differently with them."""
+        if self._packer is not None and not self._packing_is_checked:
+            self._packing_is_checked = True
+            self._check_packing(model, inputs)
+        return inputs if self._packer is not None else _without(inputs, "packed_pairs")
+
+    def _check_packing(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Score a batch in two rows a pair and packed, and give up packing if that differs. Each process takes two passes."""
+        packed = PairPacker()(_without(inputs, "packed_pairs"))
+        call = {name: inputs[name] for name in ("input_ids", "attention_mask", "user_indices") if name in inputs}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            plain, shared = (
+                model(**call, **more, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float()
+                for more in ({}, {} if packed is None else {"packed_pairs": packed})
+            )
+        model.train(was_training)
+        difference = (plain - shared).abs()
+        found = torch.stack([difference.max(), difference.sum() / (labels != -100).sum().clamp(min=1)])
+        highest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
+        is_exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        is_exact &= not getattr(get_causal_lm(self.model), "is_quantized", False)
+        if not (highest <= 1e-3 if is_exact else mean <= 5e-2):  # NaN fails too
+            logger.warning(
+                "Packed and separate rows of the first batch differ in log-probability by up to %.2g (mean %.2g): chosen and "
+                "rejected do not share their prompt in this run.",
+                highest,
+                mean,
+            )
+            self._packer = None
+            if isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
+                self.data_collator.packer = None
 
     @contextmanager
     def _reference_in_batch(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -468,6 +597,10 @@ class PersonalizedDPOTrainer(DPOTrainer):
             card = ModelCard.load(path, ignore_metadata_errors=True)
             card.text = _with_users_section(card.text, self.hub_model_id, self.user_model, self.args)
             card.save(path)
+
+
+def _without(inputs: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key != name}
 
 
 def gathered_parameters(module: nn.Module) -> AbstractContextManager[Any]:

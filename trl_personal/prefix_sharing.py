@@ -1,0 +1,355 @@
+"""
+Chosen and rejected share their prompt: both are scored in one row, `[prompt | chosen | rejected]`, at half the tokens.
+
+A packed row has T + P + C + R - 1 columns where two rows have 2 (T + P) + C + R. The branches do not see each other, and
+their positions restart, so every token is computed as in a row of its own. Two details make it exact: the last common
+element opens **both** branches (it predicts another token in each), and the last token of a branch, which predicts nothing,
+is left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+
+PADDING, PREFIX, CHOSEN, REJECTED = 0, 1, 2, 3  # the branch of a column; nonzero where an attention mask is
+BATCH_KEYS = {
+    "input_ids",
+    "attention_mask",
+    "completion_mask",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "user_indices",
+}
+MODEL_TYPES = {  # attention and everything else go by the mask and the positions given; checked by a test for each
+    *(
+        "gptj",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "gemma",
+        "gemma2",
+    ),
+    *("gemma3_text", "phi", "phi3", "falcon", "olmo2", "granite", "cohere2", "smollm3", "gpt_oss"),
+}
+ATTENTION = {"eager", "sdpa"}  # implementations that take a mask of pairs of columns
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass
+class PackedPairs:
+    """
+    Where things are in the rows that the decoder gets. `B` pairs, `L` columns of the batch, `W` of a packed row, `S` of the
+    scored ones in a row; `N` rows, B packed ones or 2B.
+
+    Args:
+        scored_columns (`LongTensor` `(N, S)`): Columns that predict a token of a completion.
+        labels (`LongTensor` `(N, S)`): Index of that token in `input_ids.flatten()`, or -1 where a row has fewer.
+        scores (`LongTensor` `(2B, L - 1)`): Index in `(N, S)`, flat, of what the caller's column predicts, or -1.
+        tokens (`LongTensor` `(B, W)`, *optional*): Index of the token in `input_ids.flatten()`. `None` if each sequence has
+            a row of its own, and so are the next two.
+        branches (`LongTensor` `(B, W)`, *optional*): `PADDING`, `PREFIX`, `CHOSEN` or `REJECTED`.
+        position_ids (`LongTensor` `(B, W)`, *optional*): As in a row of its own.
+    """
+
+    scored_columns: Tensor
+    labels: Tensor
+    scores: Tensor
+    tokens: Tensor | None = None
+    branches: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """As a part of a batch, which moves between devices."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PackedPairs | None:
+    """
+    How the pairs of a batch are packed, or `None` if they cannot be: a pair has no two first tokens in common, or padding is
+    not on the right.
+
+    Args:
+        input_ids (`LongTensor` `(2B, L)`): Chosen rows, then rejected ones.
+        attention_mask (`LongTensor` `(2B, L)`): Nonzero at tokens.
+        completion_mask (`LongTensor` `(2B, L)`): Nonzero at tokens to be scored.
+
+    ```python
+    >>> ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 6, 0]])
+    >>> completion = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]])
+    >>> packed = pack_pairs(ids, ids.ne(0).long(), completion)
+    >>> ids.flatten()[packed.tokens], packed.branches, packed.position_ids
+    (tensor([[1, 2, 3, 4, 3]]), tensor([[1, 1, 2, 2, 3]]), tensor([[0, 1, 2, 3, 2]]))
+    >>> packed.scored_columns, ids.flatten()[packed.labels]
+    (tensor([[2, 3, 4]]), tensor([[4, 5, 6]]))
+    >>> packed.scores
+    tensor([[-1, -1,  0,  1],
+            [-1, -1,  2, -1]])
+    ```
+    """
+    num_rows, seq_len = input_ids.shape
+    num_pairs, column = num_rows // 2, torch.arange(seq_len, device=input_ids.device)
+    mask = attention_mask.ne(0)
+    lengths = mask.sum(dim=1)
+    if num_rows % 2 or not torch.equal(mask, column < lengths[:, None]):
+        return None
+    chosen, rejected = lengths.chunk(2)
+    same = input_ids[:num_pairs].eq(input_ids[num_pairs:]) & completion_mask[:num_pairs].eq(
+        completion_mask[num_pairs:]
+    )
+    same &= column < torch.minimum(chosen, rejected)[:, None]
+    prefix = same.long().cumprod(dim=1).sum(dim=1) - 1  # its last element opens both branches
+    if prefix.numel() == 0 or prefix.min() < 1:  # the soft prompt, after BOS, must be in the prefix
+        return None
+    in_chosen, in_rejected = chosen - 1 - prefix, rejected - 1 - prefix
+    end = prefix + in_chosen + in_rejected
+    width = int(end.max())
+    column = torch.arange(width, device=input_ids.device).expand(num_pairs, width)
+    branches = torch.full_like(column, REJECTED)
+    branches[column < (prefix + in_chosen)[:, None]] = CHOSEN
+    branches[column < prefix[:, None]] = PREFIX
+    branches[column >= end[:, None]] = PADDING
+    is_rejected, is_token = branches == REJECTED, branches != PADDING
+    position_ids = torch.where(is_token, column - is_rejected * in_chosen[:, None], 0)
+    row = torch.arange(num_pairs, device=input_ids.device)[:, None] + num_pairs * is_rejected
+    tokens = torch.where(is_token, row * seq_len + position_ids, 0)
+
+    following = torch.where(is_token, tokens + 1, 0)
+    is_scored = is_token & completion_mask.flatten()[following].ne(0)
+    caller = torch.arange(seq_len - 1, device=input_ids.device)
+    shift = torch.cat([torch.zeros_like(in_chosen), in_chosen])
+    packed_column = caller + torch.where(caller >= prefix.repeat(2)[:, None], shift[:, None], 0)
+    pair = torch.arange(num_pairs, device=input_ids.device).repeat(2)[:, None]
+    scored_columns, labels, rank = _scored(is_scored, following)
+    index = pair * scored_columns.shape[1] + rank[pair, packed_column.clamp(max=width - 1)]
+    scores = torch.where(completion_mask[:, 1:].ne(0) & mask[:, 1:], index, -1)
+    return PackedPairs(scored_columns, labels, scores, tokens, branches, position_ids)
+
+
+def select_scored(completion_mask: Tensor) -> PackedPairs:
+    """
+    Rows as they are, `(2B, L)`, of which only the scored columns reach the LM head.
+
+    ```python
+    >>> select_scored(torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]])).scored_columns
+    tensor([[1, 2],
+            [1, 0]])
+    ```
+    """
+    num_rows, seq_len = completion_mask.shape
+    is_scored = completion_mask[:, 1:].ne(0)
+    following = torch.arange(num_rows * seq_len, device=completion_mask.device).view(num_rows, seq_len)[:, 1:]
+    scored_columns, labels, rank = _scored(is_scored, following)
+    row = torch.arange(num_rows, device=completion_mask.device)[:, None]
+    return PackedPairs(scored_columns, labels, torch.where(is_scored, row * scored_columns.shape[1] + rank, -1))
+
+
+def _scored(is_scored: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`scored_columns` and `labels`, and the rank of each column among the scored ones of its row."""
+    num_scored = max(int(is_scored.sum(dim=1).max()), 1)
+    scored_columns = is_scored.long().argsort(dim=1, descending=True, stable=True)[:, :num_scored]
+    labels = torch.where(is_scored, following, -1).gather(1, scored_columns)
+    return scored_columns, labels, is_scored.cumsum(dim=1) - 1
+
+
+def packed_attention_mask(branches: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+    """
+    Which columns see which, bool `(batch, 1, W, W)`: earlier ones of the prefix and of the own branch, at most `window`
+    positions back. Padding sees itself, as a row of nothing would be NaN.
+
+    ```python
+    >>> packed_attention_mask(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]]))[0, 0].long()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 0, 1]])
+    ```
+    """
+    width = branches.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=branches.device).tril()
+    query, key = branches[:, :, None], branches[:, None, :]
+    allowed = causal & ((key == PREFIX) | (query == key)) & (key != PADDING)
+    if window is not None:
+        allowed = allowed & (position_ids[:, :, None] - position_ids[:, None, :] < window)
+    return (allowed | torch.eye(width, dtype=torch.bool, device=branches.device))[:, None]
+
+
+def reason_not_to_share(config: PreTrainedConfig) -> str | None:
+    """Why prefixes are not shared in this model, or `None` if it is among those known to compute the same."""
+    config = config.get_text_config()
+    implementation = config._attn_implementation
+    if config.model_type not in MODEL_TYPES:
+        return f"{config.model_type!r} is not among the model types that are known to compute the same in packed rows"
+    if implementation not in ATTENTION:
+        return f"attention {implementation!r} takes no mask of pairs of columns (use one of {sorted(ATTENTION)})"
+    if getattr(config, "alibi", False):
+        return "its ALiBi positions are those of columns"
+    unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        return f"it has layers of other types than attention ({sorted(unknown)})"
+    return None
+
+
+class PrefixSharing:
+    """
+    Lets a causal LM with TRL's fused head take packed pairs: `model(..., packed_pairs=PackedPairs(...).to_dict())` with
+    `input_ids`, `labels` and all else as without computes the same outputs of shape `(2B, L - 1)`.
+
+    It is two pairs of hooks. Those on the causal LM pack what goes in and unpack what comes out; those on its decoder turn the
+    branches into attention masks, after a soft prompt was put in, and leave only the hidden states that are scored.
+
+    Args:
+        causal_lm (`PreTrainedModel`): With TRL's fused head, without PEFT around it.
+    """
+
+    def __init__(self, causal_lm: Any) -> None:
+        self.config = causal_lm.config.get_text_config()
+        self._packed: PackedPairs | None = None
+        decoder = causal_lm.get_decoder()
+        self._handles = [
+            causal_lm.register_forward_pre_hook(self._pack, with_kwargs=True, prepend=True),
+            causal_lm.register_forward_hook(self._unpack),
+            decoder.register_forward_pre_hook(self._mask, with_kwargs=True),
+            decoder.register_forward_hook(self._select),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _pack(self, causal_lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        packed = kwargs.pop("packed_pairs", None)
+        self._packed = None
+        if packed is None or not kwargs.get("fused_lm_head"):  # TRL asks for logits too, where they are wanted
+            return args, kwargs
+        self._packed = PackedPairs(**packed)
+        labels = kwargs.pop("labels").flatten()[self._packed.labels.clamp(min=0)]
+        kwargs["shift_labels"] = labels.masked_fill(self._packed.labels < 0, -100)
+        if self._packed.tokens is None:
+            return args, kwargs
+        kwargs["input_ids"] = kwargs["input_ids"].flatten()[self._packed.tokens]
+        kwargs["attention_mask"] = self._packed.branches
+        kwargs["position_ids"] = self._packed.position_ids
+        if kwargs.get("user_indices") is not None:
+            kwargs["user_indices"] = kwargs["user_indices"].chunk(2)[0]
+        return args, kwargs
+
+    def _mask(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._packed is None or self._packed.tokens is None:
+            return None
+        branches, position_ids = kwargs["attention_mask"], kwargs["position_ids"]
+        dtype = next(value.dtype for value in decoder.parameters() if value.is_floating_point())
+        masks: dict[str, Tensor] = {}
+        for kind in self._kinds():
+            window = self.config.sliding_window if kind == "sliding_attention" else None
+            mask = packed_attention_mask(branches, position_ids, window)
+            if self.config._attn_implementation == "eager":  # adds it to the scores
+                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                    ~mask, torch.finfo(dtype).min
+                )
+            masks[kind] = mask
+        attention_mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        return args, {**kwargs, "attention_mask": attention_mask}
+
+    def _kinds(self) -> set[str]:
+        """The kinds of attention in the model."""
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types:
+            return set(layer_types)
+        return {"full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"}
+
+    def _select(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+        if self._packed is None:
+            return output
+        hidden, columns = output["last_hidden_state"], self._packed.scored_columns
+        rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+        output["last_hidden_state"] = hidden[rows, columns.to(hidden.device)]
+        return output
+
+    def _unpack(self, causal_lm: nn.Module, args: tuple, output: Any) -> Any:
+        packed, self._packed = self._packed, None
+        if packed is None:
+            return output
+        for name, values in output.items():
+            if isinstance(values, Tensor) and values.shape == packed.labels.shape:
+                scores = packed.scores.to(values.device)
+                output[name] = values.flatten()[scores.clamp(min=0)].masked_fill(scores < 0, 0)
+        return output
+
+
+@dataclass(frozen=True)
+class PackingCost:
+    """
+    When packed rows are cheaper: a count of floating-point operations, with attention to a mask of pairs of columns.
+
+    Args:
+        num_parameters (`int`): Of the decoder's matrices: two operations each for a token.
+        attention_width (`int`): Layers times width of queries: four operations each for a pair of columns.
+        num_virtual_tokens (`int`): In front of every row.
+        attention_penalty (`float`): How much longer an operation of attention takes than one of a matrix product.
+        margin (`float`): Pack only if it costs less than this share.
+    """
+
+    num_parameters: int
+    attention_width: int
+    num_virtual_tokens: int = 0
+    attention_penalty: float = 3.0
+    margin: float = 0.97
+
+    def rows(self, num_rows: int, width: int) -> float:
+        """Cost of `num_rows` of `width` columns of text."""
+        width += self.num_virtual_tokens
+        return num_rows * width * (2 * self.num_parameters + 4 * self.attention_penalty * self.attention_width * width)
+
+    def is_lower_packed(self, seq_len: int, packed: PackedPairs) -> bool:
+        """Whether the pairs cost less packed than in two rows of `seq_len` columns."""
+        assert packed.tokens is not None
+        num_pairs, width = packed.tokens.shape
+        return self.rows(num_pairs, width) < self.margin * self.rows(2 * num_pairs, seq_len)
+
+    @classmethod
+    def of_model(cls, causal_lm: Any, num_virtual_tokens: int = 0) -> "PackingCost":
+        """For a language model, by its config and the shapes of its parameters."""
+        config = causal_lm.config.get_text_config()
+        embedding = causal_lm.get_input_embeddings()
+        outside = {id(p) for p in embedding.parameters()}
+        num_parameters = sum(p.numel() for p in causal_lm.get_decoder().parameters() if id(p) not in outside)
+        return cls(num_parameters, config.num_hidden_layers * config.hidden_size, num_virtual_tokens)
+
+
+@dataclass(frozen=True)
+class PairPacker:
+    """
+    Packs the pairs of a batch where that pays.
+
+    Args:
+        cost ([`PackingCost`], *optional*): When it pays; always, if not given.
+        selects (`bool`): Whether pairs that are not packed come with [`select_scored`]: on a CPU, TRL's head scores all
+            columns, on a GPU only those with a label.
+    """
+
+    cost: PackingCost | None = None
+    selects: bool = False
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """[`PackedPairs`] of a collated batch as a dictionary, or `None`: the pairs stay in two rows each."""
+        if set(batch) - BATCH_KEYS:  # images, token types, ...
+            return None
+        packed = pack_pairs(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+        pays = self.cost is None or (
+            packed is not None and self.cost.is_lower_packed(batch["input_ids"].shape[1], packed)
+        )
+        if packed is not None and pays:
+            return packed.to_dict()
+        return select_scored(batch["completion_mask"]).to_dict() if self.selects else None
