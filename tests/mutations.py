@@ -100,8 +100,8 @@ MUTATIONS = [
     Mutation(
         "vocabulary loaded in the order of its file",
         "users.py",
-        "return cls(sorted(index, key=index.__getitem__))",
-        "return cls(index)",
+        "user_ids = sorted(index, key=index.__getitem__)",
+        "user_ids = list(index)",
         ("core_details",),
     ),
     Mutation(

@@ -123,4 +123,5 @@ class UserVocab:
         index = read_json(path)
         if set(index.values()) != set(range(1, len(index) + 1)):
             raise ValueError(f"{path} is not a user vocabulary: its rows must be 1 to {len(index)}, each once.")
-        return cls(sorted(index, key=index.__getitem__))
+        user_ids = sorted(index, key=index.__getitem__)
+        return cls(user_ids)
