@@ -100,8 +100,8 @@ MUTATIONS = [
     Mutation(
         "vocabulary loaded in the order of its file",
         "users.py",
-        "return cls(user_ids[row] for row in range(1, len(index) + 1))",
-        "return cls(index)",
+        "user_ids = sorted(index, key=index.__getitem__)",
+        "user_ids = list(index)",
         ("core_details",),
     ),
     Mutation(
@@ -250,6 +250,13 @@ MUTATIONS = [
         "if found != wanted:",
         "if found.keys() != wanted.keys():",
         ("user_models",),
+    ),
+    Mutation(
+        "Adam's moments forgotten in the memory of a user model",
+        "user_models/memory.py",
+        "BYTES_PER_WEIGHT = 16",
+        "BYTES_PER_WEIGHT = 8",
+        ("user_memory",),
     ),
     # --- Initial prompts
     Mutation(

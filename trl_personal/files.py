@@ -17,15 +17,21 @@ STAGING_PREFIX = ".saving-"
 LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path`, flush it to the disk, then rename it to `path`."""
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write under. On leaving it, the file there is flushed to the disk and replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
+    yield temporary
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `path`, flush it to the disk, then rename it to `path`."""
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager

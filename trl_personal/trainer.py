@@ -6,7 +6,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,6 +61,7 @@ from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprin
 from .user_column import check_user_column, collect_users, iterate_user_ids
 from .user_models import UserModel, get_user_model_class
 from .user_models.initialization import soft_prompt_drawer
+from .user_models.memory import warn_if_large
 from .users import GENERIC_USER_INDEX, UserVocab
 
 
@@ -258,9 +259,11 @@ class PersonalizedDPOTrainer(DPOTrainer):
             self.args.seed,
             None if text is None else self._tokenizer(text, add_special_tokens=False)["input_ids"],
         )
+        config = user_model_class.config_class(**sizes)
+        warn_if_large(user_model_class, config, self.args.user_rank)
         with torch.random.fork_rng():  # the order of the data stays as without users
             torch.manual_seed(self.args.seed)
-            user_model = user_model_class(user_model_class.config_class(**sizes))
+            user_model = user_model_class(config)
         with gathered_parameters(embedding):
             user_model.initialize(draw)
         return user_model
@@ -693,6 +696,7 @@ def _choose_users(
     vocab = _vocab_of(args, train_dataset, user_vocab)
     if known is not None:
         vocab = known[1].extend(vocab)
+        warn_if_large(type(known[0]), replace(known[0].config, num_users=len(vocab)), args.user_rank)
         user_model = known[0].resize(len(vocab))
     elif user_model is not None:
         _check_settings(args, user_model, "`user_model`", strict=False)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..files import read_json, write_atomically
+from ..files import read_json, replaced_file, write_atomically
 
 
 CONFIG_FILE = "user_model_config.json"
@@ -137,7 +137,8 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         `state_dict` replaces the module's own, for weights gathered from other processes.
         """
         state = self.state_dict() if state_dict is None else state_dict
-        write_atomically(Path(directory) / WEIGHTS_FILE, save({k: v.contiguous().cpu() for k, v in state.items()}))
+        with replaced_file(Path(directory) / WEIGHTS_FILE) as path:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, path)
         config = {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.config), **extra}
         write_atomically(Path(directory) / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -181,7 +182,7 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
         try:
-            saved = load(path.read_bytes())
+            saved = load_file(path)
         except SafetensorError as error:
             raise ValueError(
                 f"{path} cannot be read ({error}). The file is cut off, or is not safetensors."
