@@ -1,0 +1,309 @@
+"""Chosen and rejected in one packed row are what they are in two; and the other ways to take fewer or smaller passes."""
+
+import logging
+import random
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from families import SIZES, make_family
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+from trl.trainer.utils import add_fused_lm_head
+
+import trl_personal.prefix_sharing
+from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
+from trl_personal.prefix_sharing import (
+    MODEL_TYPES,
+    PackingCost,
+    PairPacker,
+    PrefixSharing,
+    pack_pairs,
+    packed_attention_mask,
+    reason_not_to_share,
+    select_scored,
+)
+
+
+LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+PAIRS = [  # prompt, chosen, rejected
+    ([1, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [11, 15]),  # longer than a window of 4; the answers start alike
+    ([1, 5, 6, 7], [8, 9], [9, 10, 11, 12, 13]),
+    ([5, 6], [7], [8]),  # without BOS
+]
+
+
+def collate(pairs, seq_len=None):
+    rows = [(prompt, answer) for answers in (1, 2) for prompt, answer in ((pair[0], pair[answers]) for pair in pairs)]
+    seq_len = seq_len or max(len(prompt) + len(answer) for prompt, answer in rows)
+    padding = [seq_len - len(prompt) - len(answer) for prompt, answer in rows]
+    return {
+        "input_ids": torch.tensor([p + a + [0] * n for (p, a), n in zip(rows, padding, strict=True)]),
+        "attention_mask": torch.tensor([[1] * (seq_len - n) + [0] * n for n in padding]),
+        "completion_mask": torch.tensor(
+            [[0] * len(p) + [1] * len(a) + [0] * n for (p, a), n in zip(rows, padding, strict=True)]
+        ),
+    }
+
+
+def with_users(model):
+    torch.manual_seed(1)
+    user_model = IndividualUserModel(UserModelConfig(2, 3, model.get_input_embeddings().embedding_dim))
+    for parameter in user_model.parameters():
+        parameter.data.normal_()
+    add_fused_lm_head(model, outputs=FIELDS)
+    attach_user_model(model, user_model, UserVocab(["ann", "bo"]), bos_token_id=1)
+    PrefixSharing(model)
+    return model
+
+
+def score(model, batch, user_indices, packed):
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    more = {} if packed is None else {"packed_pairs": packed.to_dict()}
+    outputs = model(**inputs, **more, user_indices=user_indices, labels=labels, fused_lm_head=True, use_cache=False)
+    weights = torch.linspace(0.5, 1.5, outputs.log_probs.numel()).view_as(outputs.log_probs)
+    model.zero_grad()
+    (outputs.log_probs * weights).sum().backward()
+    return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, batch, user_indices, packed):
+    plain, plain_gradients = score(model, batch, user_indices, None)
+    shared, shared_gradients = score(model, batch, user_indices, packed)
+    for name in FIELDS:
+        assert plain[name].shape == shared[name].shape
+        torch.testing.assert_close(shared[name].float(), plain[name].float(), rtol=0, atol=1e-5, msg=name)
+    assert plain_gradients.keys() == shared_gradients.keys()
+    norm = torch.cat([g.flatten() for g in plain_gradients.values()]).norm()
+    for name, gradient in plain_gradients.items():
+        assert (shared_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * norm, name
+
+
+USERS = {"reference": None, "users": torch.tensor([1, 2, 0, 1, 2, 0])}
+
+
+@pytest.mark.parametrize("users", USERS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", sorted(MODEL_TYPES))
+def test_packed_rows_score_the_same(family, attention, users):
+    model = make_family(family)
+    if model.config._attn_implementation != attention:
+        if not (model._supports_sdpa and model._can_set_attn_implementation()):
+            pytest.skip(f"{family} has no choice of attention")
+        model.set_attn_implementation(attention)
+    assert reason_not_to_share(model.config) is None
+    batch = collate(PAIRS, seq_len=13)
+    assert_same(with_users(model), batch, USERS[users], pack_pairs(**batch))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_batch(seed):
+    draw = random.Random(seed)
+
+    def tokens(low, high):
+        return [
+            draw.randrange(3, 6) for _ in range(draw.randint(low, high))
+        ]  # few words: the answers often start alike
+
+    pairs = [([1] * draw.randint(0, 1) + tokens(2, 6), tokens(1, 5), tokens(1, 5)) for _ in range(draw.randint(1, 4))]
+    batch = collate(pairs)
+    model = with_users(make_model("llama"))
+    users = torch.tensor([draw.randrange(3) for _ in pairs]).repeat(2)
+    assert_same(model, batch, users, pack_pairs(**batch))
+    assert_same(model, batch, users, select_scored(batch["completion_mask"]))
+
+
+def test_what_cannot_be_packed():
+    batch = collate(PAIRS)
+    flipped = {name: values.flip(1) for name, values in batch.items()}  # padding on the left
+    assert pack_pairs(**flipped) is None
+    assert pack_pairs(**collate([([], [5, 6], [5, 7])])) is None  # a soft prompt after BOS would not be in the prefix
+    assert PairPacker()(batch | {"pixel_values": torch.zeros(1)}) is None
+    assert PairPacker()(collate([([1], [5], [6])])) is None
+
+
+def test_windows_are_of_positions_not_of_columns():
+    branches, positions = torch.tensor([[1, 1, 1, 2, 2, 3, 3]]), torch.tensor([[0, 1, 2, 3, 4, 3, 4]])
+    mask = packed_attention_mask(branches, positions, window=3)[0, 0].long()
+    assert mask[6].tolist() == [0, 0, 1, 0, 0, 1, 1]
+    assert mask[5].tolist() == [0, 1, 1, 0, 0, 1, 0]
+
+
+def test_long_prompts_are_packed_and_long_answers_are_not():
+    cost = PackingCost(num_parameters=22_000_000, attention_width=7 * 512, num_virtual_tokens=10)
+    packer = PairPacker(cost)
+    numbers = iter(range(3, 10**6))
+
+    def pair(prompt, answer):
+        return [next(numbers) for _ in range(prompt)], *([next(numbers) for _ in range(answer)] for _ in range(2))
+
+    assert packer(collate([pair(400, 40)])) is not None
+    assert packer(collate([pair(60, 600)])) is None
+    assert cost.rows(2, 100) == 2 * 110 * (2 * 22_000_000 + 4 * 3.0 * 7 * 512 * 110)
+    assert set(PairPacker(cost, selects=True)(collate([pair(60, 600)]))) == {"scored_columns", "labels", "scores"}
+
+
+@pytest.mark.parametrize("family", sorted(set(SIZES) - MODEL_TYPES))
+def test_other_families_train_unpacked_and_say_so_once(family, make_trainer, tmp_path, caplog):
+    make_family(family).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    model = {"model": str(tmp_path / "model")}
+    with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
+        trainer = make_trainer(trainer_kwargs=model, precompute_ref_log_probs=True)
+        trainer.train()
+    assert sum("do not share the tokens of their prompt" in message for message in caplog.messages) == 1
+    assert "packed_pairs" not in next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(ValueError, match='`share_prefix="always"` is not possible'):
+        make_trainer(trainer_kwargs=model, share_prefix="always")
+
+
+def history(trainer):
+    trainer.train()
+    times = ("runtime", "per_second", "total_flos")
+    logs = [
+        {name: value for name, value in log.items() if not any(t in name for t in times)}
+        for log in trainer.state.log_history
+    ]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return logs, weights
+
+
+def assert_same_history(one, other, tolerance=2e-5):
+    for log, expected in zip(one[0], other[0], strict=True):
+        assert log == pytest.approx(expected, abs=tolerance, rel=tolerance)
+    for name, weight in one[1].items():
+        torch.testing.assert_close(weight, other[1][name], rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=str
+)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_is_the_same(lora, settings, make_trainer, preferences):
+    settings = {
+        "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "optim": "sgd", "learning_rate": 0.1,
+        "trainer_kwargs": {"eval_dataset": preferences, **({"peft_config": LORA} if lora else {})},
+    } | settings  # fmt: skip
+    never = make_trainer("llama", **settings, share_prefix="never")
+    always = make_trainer("llama", **settings, share_prefix="always")
+    assert "packed_pairs" not in next(iter(never.get_train_dataloader()))
+    assert "tokens" in next(iter(always.get_train_dataloader()))["packed_pairs"]
+    assert_same_history(history(always), history(never))
+
+
+def test_quantized_models_share_too(make_trainer, tmp_path):
+    make_family("llama", wide=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    kwargs = {
+        "model": str(tmp_path / "model"),
+        "peft_config": LORA,
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+    }
+    settings = {"max_steps": 1, "optim": "sgd"}
+    shared = history(make_trainer(trainer_kwargs=kwargs, share_prefix="always", **settings))
+    plain = history(make_trainer(trainer_kwargs=kwargs, share_prefix="never", **settings))
+    # bitsandbytes rounds differently for other numbers of rows
+    assert shared[0][0]["loss"] == pytest.approx(plain[0][0]["loss"], abs=5e-3)
+    assert shared[0][0]["logps/chosen"] == pytest.approx(plain[0][0]["logps/chosen"], rel=5e-3)
+
+
+def test_a_model_that_computes_something_else_is_found_out(make_trainer, monkeypatch, caplog):
+    plain = history(make_trainer("llama", share_prefix="never"))
+    wrong = packed_attention_mask
+
+    def everything(branches, position_ids, window=None):
+        return wrong(branches.clamp(max=1), position_ids)  # rejected sees chosen
+
+    monkeypatch.setattr(trl_personal.prefix_sharing, "packed_attention_mask", everything)
+    trainer = make_trainer("llama", share_prefix="always")
+    with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
+        found = history(trainer)
+    assert sum("differ in log-probability" in message for message in caplog.messages) == 1
+    assert_same_history(found, plain, tolerance=0)
+
+
+# --- Passes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_backward_passes_are_one(accumulation, make_trainer, monkeypatch):
+    settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
+    two = history(make_trainer("llama", **settings))
+    monkeypatch.setattr("trl_personal.PersonalizedDPOTrainer._has_two_backward_passes", lambda self: False)
+    assert_same_history(two, history(make_trainer("llama", **settings)), tolerance=1e-5)
+
+
+def test_one_graph_at_a_time(make_trainer, monkeypatch):
+    """When the second policy pass starts, the first one's gradient is there already."""
+    trainer = make_trainer("llama")
+    trainer.current_gradient_accumulation_steps = 1
+    gradients = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            gradients.append(module.user_model.generic_prompt.grad is not None)
+            if kwargs.get("user_indices") is not None and module.training
+            else None
+        ),
+        with_kwargs=True,
+        prepend=True,
+    )
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert gradients == [False, True]
+
+
+def test_sampled_users_are_an_even_share(make_trainer):
+    trainer = make_trainer(generic_term="sampled", personalization_alpha=0.3)
+    users = torch.arange(1, 11).repeat(2)
+    counts = torch.zeros(11)
+    for _ in range(400):
+        kept = trainer._sampled_users(users)
+        assert torch.equal(*kept.chunk(2))
+        assert (kept.chunk(2)[0] > 0).sum() == 3
+        counts += torch.bincount(kept.chunk(2)[0], minlength=11)
+    assert ((counts[1:] / 400 - 0.3).abs() < 0.1).all()
+
+
+def test_sampled_loss_is_one_term_for_each_pair(make_trainer, monkeypatch):
+    trainer = make_trainer("llama", generic_term="sampled", per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    kept = torch.tensor([1, 0, 1, 0] * 2).bool()
+    monkeypatch.setattr(trainer, "_sampled_users", lambda users: users * kept)
+    trainer.model.train()
+    sampled = trainer.compute_loss(trainer.model, batch)
+    terms = []
+    for row in range(4):
+        one = trainer.data_collator([trainer.train_dataset[int(i)] for i in find_rows(trainer, batch, row)])
+        users = one["user_indices"] * kept[row]
+        monkeypatch.setattr(trainer, "_sampled_users", lambda _, users=users: users)
+        terms.append(trainer.compute_loss(trainer.model, one))
+    assert sampled.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-6)
+
+
+def find_rows(trainer, batch, row):
+    """Where the pair of a batch is in the dataset."""
+    for i, example in enumerate(trainer.train_dataset):
+        chosen = example["prompt_ids"] + example["chosen_ids"]
+        rejected = example["prompt_ids"] + example["rejected_ids"]
+        if (
+            batch["input_ids"][row, : len(chosen)].tolist() == chosen
+            and batch["input_ids"][row + 4, : len(rejected)].tolist() == rejected
+            and batch["attention_mask"][row].sum() == len(chosen)
+        ):
+            return [i]
+    raise AssertionError("no such row")
+
+
+def test_sampled_runs_train_and_evaluate_both_terms(make_trainer, preferences):
+    trainer = make_trainer(generic_term="sampled", trainer_kwargs={"eval_dataset": preferences})
+    trainer.train()
+    assert not any("generic/" in name for log in trainer.state.log_history for name in log)
+    assert "eval_generic/rewards/accuracies" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("name", ["generic_term", "share_prefix"])
+def test_other_settings_are_refused(name, make_args):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+        make_args(**{name: "sometimes"})
