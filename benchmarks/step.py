@@ -132,7 +132,9 @@ def main(argv=None):
     kind += ["checkpointing"] if arguments.checkpointing else []
     title = f"{' '.join(kind)}, {arguments.pairs} pairs"
     stem = arguments.output or f"benchmarks/results/{'_'.join(kind)}"
-    write_results(stem, {"settings": vars(arguments), "cells": cells}, make_table(lines, title), lambda a: draw(a, cells))
+    write_results(
+        stem, {"settings": vars(arguments), "cells": cells}, make_table(lines, title), lambda a: draw(a, cells)
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""
+What the sampled generic term costs in quality: the length task with the exact loss, and with one term a pair, for as many
+steps and for as many policy passes (twice the steps).
+
+    OMP_NUM_THREADS=1 python benchmarks/sampled.py [--seeds 42 1 2] [--steps 150] [--sft_steps 800]
+
+Users, posts, warm-up and settings are those of `examples/gptj_length.py`; accuracies are of held-out pairs, means over users.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from statistics import mean
+
+import torch
+from measure import make_table, use_one_thread, write_results
+from transformers import AutoTokenizer, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from gptj_length import SMALL_RUN, warm_up
+
+from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
+from trl_personal.by_user import evaluate_by_user, opposite_users
+from trl_personal.data import make_length_preferences
+
+
+def train(model, tokenizer, dataset, seed, output_dir, **settings):
+    args = PersonalizedDPOConfig(
+        **SMALL_RUN | {"output_dir": output_dir, "use_cpu": not torch.cuda.is_available(), "seed": seed} | settings
+    )
+    trainer = PersonalizedDPOTrainer(model, args=args, train_dataset=dataset["train"], processing_class=tokenizer)
+    start = time.process_time()
+    trainer.train()
+    cpu_seconds = time.process_time() - start
+    preferences = dict(zip(dataset["train"]["user_id"], dataset["train"]["preference"], strict=True))
+    test = dataset["test"].filter(lambda row: row["user_id"] in preferences)
+    own = evaluate_by_user(trainer, test)
+    swapped = evaluate_by_user(trainer, test, as_user=opposite_users(preferences))
+    accuracies = [metrics["eval_rewards/accuracies"] for metrics in own.values()]
+    return {
+        "seed": seed,
+        "own": mean(accuracies),
+        "worst": min(accuracies),
+        "opposite": mean(metrics["eval_rewards/accuracies"] for metrics in swapped.values()),
+        "generic": mean(metrics["eval_generic/rewards/accuracies"] for metrics in own.values()),
+        "margin": mean(metrics["eval_rewards/margins"] for metrics in own.values()),
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--sft_steps", type=int, default=800)
+    parser.add_argument("--output", default="benchmarks/results/sampled", help="path of the results, without ending")
+    arguments = parser.parse_args(argv)
+    use_one_thread()
+    contestants = {
+        "exact": {"max_steps": arguments.steps},
+        "sampled, as many steps": {"max_steps": arguments.steps, "generic_term": "sampled"},
+        "sampled, as many passes": {"max_steps": 2 * arguments.steps, "generic_term": "sampled"},
+    }
+    runs = []
+    for seed in arguments.seeds:
+        set_seed(seed)
+        folder = tempfile.mkdtemp()
+        dataset = make_length_preferences(seed=seed)
+        args = PersonalizedDPOConfig(**SMALL_RUN | {"output_dir": folder, "use_cpu": True, "seed": seed})
+        model = warm_up(dataset["train"], Namespace(sft_steps=arguments.sft_steps), args)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        for name, settings in contestants.items():
+            runs.append({"name": name} | train(model, tokenizer, dataset, seed, f"{folder}/run", **settings))
+    rows = [
+        {
+            "generic term": run["name"],
+            **{n: str(run[n]) for n in ("seed",)},
+            **{n: f"{run[n]:.3f}" for n in ("own", "worst", "opposite", "generic", "margin")},
+            "CPU s": f"{run['cpu_seconds']:.0f}",
+        }
+        for run in runs
+    ]
+
+    def draw(axes):
+        for name in contestants:
+            values = [run["own"] for run in runs if run["name"] == name]
+            axes.scatter([name] * len(values), values, label=name)
+        axes.set_ylabel("own accuracy, held-out pairs")
+
+    write_results(arguments.output, {"runs": runs}, make_table(rows, "Length task by generic term"), draw)
+
+
+if __name__ == "__main__":
+    main()
