@@ -113,7 +113,7 @@ def score_pairs(trainer: Trainer, dataset: Dataset, swapped_users: Mapping[str, 
     recorder = MarginRecorder(None if vocab is None or swapped_users is None else _swapped_rows(vocab, swapped_users))
     if ROW_COLUMN in dataset.column_names:  # was prepared before
         dataset = dataset.remove_columns(ROW_COLUMN)
-    numbered = dataset.add_column(ROW_COLUMN, range(len(dataset)))  # type: ignore[arg-type]
+    numbered = dataset.add_column(ROW_COLUMN, range(len(dataset)))
     personalized.margin_recorder = recorder
     try:
         with _every_row_in_order(trainer):
