@@ -44,6 +44,19 @@ class ScoredPairs:
     prompts: list[str]
     answers: list[tuple[str, str]]
 
+    def by_row(self, name: str, num_rows: int) -> FloatArray:
+        """
+        The margins of one scorer for all `num_rows` rows of the dataset, NaN for those left out.
+
+        Raises:
+            `ValueError`: if a margin is not a finite number.
+        """
+        if not np.isfinite(self.margins[name]).all():
+            raise ValueError(f"Margins with the {name} prompt are not finite numbers. Did the training diverge?")
+        array = np.full(num_rows, np.nan)
+        array[self.rows] = self.margins[name]
+        return array
+
 
 class MarginRecorder:
     """
