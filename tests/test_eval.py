@@ -182,7 +182,8 @@ def test_every_baseline(planted, folders):
         (["--user_id_column", "who"], "The evaluation dataset has no `who` column"),
         (["--opposite_column", "taste"], "The evaluation dataset has no `taste` column"),
         (["--dataset_test_split", "dev"], "The dataset has no split 'dev' to evaluate on"),
-        (["--pooled", "somewhere", "--baselines", "pooled"], "leave one of them out"),
+        (["--pooled", "some/where", "--baselines", "pooled"], "leave one of them out"),
+        (["--pooled", "somewhere"], "There is no folder somewhere."),
         (["--train_dataset", "nowhere.jsonl", "--baselines", "pooled"], "There is no file nowhere.jsonl"),
     ],
 )

@@ -17,7 +17,7 @@ from . import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from .margins import ScoredPairs, score_pairs
 from .modeling import is_adapter
 from .saved_settings import SCORING, TRAINING
-from .scoring_trainer import machine_settings
+from .trained_folder import machine_settings
 from .user_column import iterate_user_ids
 
 

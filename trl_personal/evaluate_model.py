@@ -23,9 +23,9 @@ from .by_user import answers_by_user, opposite_users
 from .generation_report import summarize_answers
 from .margins import score_pairs
 from .model_evaluation import ModelEvaluation
-from .modeling import detach_user_model, get_causal_lm
+from .modeling import detach_user_model, find_user_model, get_causal_lm
 from .saved_settings import read_log_history, read_training_settings
-from .scoring_trainer import make_scoring_trainer, processor_name
+from .trained_folder import make_scoring_trainer, processor_name
 from .user_column import check_user_column, iterate_user_ids
 from .user_report import GENERIC_USER, describe_run
 from .users import UserId
@@ -84,6 +84,8 @@ def evaluate_model(
     Raises:
         `ValueError`: for arguments that do not go together, or as loading and the trainer do.
     """
+    if find_user_model(model) is None:
+        raise ValueError(f"{model} has no `user_model/` folder, so it is not a personalized model.")
     settings = read_training_settings(model) | dict(settings or {})
     column = settings.get("user_id_column", "user_id")
     check_user_column(dataset, column, "evaluation")
@@ -99,8 +101,8 @@ def evaluate_model(
 
     numbered = dataset.add_column(GIVEN_ROW, range(len(dataset)))
     trainer = make_scoring_trainer(model, numbered, settings, ref_model=ref_model, **options)
-    if trainer.user_vocab is None or trainer.user_model is None:
-        raise ValueError(f"{model} has no `user_model/` folder, so it is not a personalized model.")
+    assert trainer.user_vocab is not None
+    assert trainer.user_model is not None
     vocab, user_model, prepared = trainer.user_vocab, trainer.user_model, trainer.train_dataset
     known_values = {user: value for user, value in values.items() if user in vocab}
     assert isinstance(prepared, Dataset)

@@ -108,7 +108,7 @@ class ModelEvaluation:
         files = ["evaluation.json", "users.json", "users.parquet", "pairs.parquet", "accuracy_by_user.png"]
         if len(self.user_vocab) > 1:
             values = self.values or {
-                user.user_id: user.gain for user in self.report.users if user.user_id and user.seen
+                user.user_id: round(user.gain, 2) for user in self.report.users if user.user_id and user.seen
             }
             plot_user_map(folder / "user_map.png", self.user_model, self.user_vocab, values, self.column or "gain")
             files.append("user_map.png")

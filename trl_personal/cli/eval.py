@@ -23,7 +23,9 @@ TEST = "test"
 
 def run_eval(arguments: Namespace) -> None:
     """Write the verdict and the table to the standard output, and all numbers and pictures to a folder."""
-    check_model_name(arguments.model)
+    for name in (arguments.model, arguments.pooled):
+        if name is not None:
+            check_model_name(name)
     splits = _load(arguments.dataset_name, arguments.dataset_config)
     with redirect_stdout(sys.stderr), _bars() as hidden:  # progress is not what was asked for
         evaluation = evaluate_model(

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from .. import AutoPersonalizedModelForCausalLM
-from ..scoring_trainer import processor_name
+from ..trained_folder import processor_name
 from .model_folder import check_model_name
 from .requests import Prompt, read_prompts, read_users
 
