@@ -6,7 +6,7 @@ import torch
 from matplotlib.image import imread
 
 from trl_personal import UserVocab
-from trl_personal.plots import plot_accuracy_by_user, plot_length_by_user, plot_training_curves, plot_user_map
+from trl_personal.plots import plot_report, plot_length_by_user, plot_training_curves, plot_user_map
 from trl_personal.plots.user_map import _components
 from trl_personal.user_models import get_user_model_class
 from trl_personal.verdict import evaluate_margins
@@ -38,7 +38,7 @@ def ink(path):
 
 @pytest.mark.parametrize("num_users", [6, 400])
 def test_accuracy_and_length_are_drawn_for_few_and_many(tmp_path, num_users):
-    plot_accuracy_by_user(tmp_path / "accuracy.png", make_report(num_users))
+    plot_report(tmp_path / "accuracy.png", make_report(num_users))
     rows = [
         {"user_id": f"user {i}", "preference": ["longer", "shorter", None][i % 3], "generated_lengths": [i, i + 5]}
         for i in range(num_users)

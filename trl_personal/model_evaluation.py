@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from .files import write_atomically
 from .personalization_report import PersonalizationReport
-from .plots import plot_accuracy_by_user, plot_length_by_user, plot_training_curves, plot_user_map
+from .plots import plot_report, plot_length_by_user, plot_training_curves, plot_user_map
 from .user_models import UserModel
 from .user_report import GENERIC_USER
 from .users import UserVocab
@@ -104,7 +104,7 @@ class ModelEvaluation:
             )
         Dataset.from_list(rows).to_parquet(folder / "users.parquet")
         self.pairs.to_parquet(folder / "pairs.parquet")
-        plot_accuracy_by_user(folder / "accuracy_by_user.png", self.report)
+        plot_report(folder / "accuracy_by_user.png", self.report)
         files = ["evaluation.json", "users.json", "users.parquet", "pairs.parquet", "accuracy_by_user.png"]
         if len(self.user_vocab) > 1:
             values = self.values or {

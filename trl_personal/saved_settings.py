@@ -22,7 +22,7 @@ TRUSTED_PACKAGES = ("accelerate", "transformers", "trl", "trl_personal")
 SCORING = (  # what changes a margin, a metric or a column
     *("beta", "max_length", "truncation_mode", "ld_alpha", "loss_type", "loss_weights", "label_smoothing"),
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "pad_token", "pad_to_multiple_of"),
-    *("user_id_column", "bf16", "fp16"),
+    *("user_id_column", "user_profile_column", "user_profile_template", "bf16", "fp16"),
 )
 TRAINING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim"),

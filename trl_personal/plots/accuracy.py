@@ -25,7 +25,7 @@ from .canvas import (
 STYLES = {"own": (BLUE, "o"), "generic": (GRAY, "s"), "swapped": (ORANGE, "X"), "pooled": (GREEN, "^")}
 
 
-def plot_accuracy_by_user(path: str | Path, report: PersonalizationReport) -> None:
+def plot_report(path: str | Path, report: PersonalizationReport) -> None:
     """
     Write a chart of the pair accuracy of each user to `path`, in the format of its ending (`.png`, `.pdf`, `.svg`).
 
@@ -49,7 +49,7 @@ def plot_accuracy_by_user(path: str | Path, report: PersonalizationReport) -> No
         _draw_curves(axes, users, scorers)
     axes.set_ylabel("pair accuracy")
     axes.set_ylim(-0.02, 1.02)
-    tidy(axes, "Pair accuracy by user" + (", with 95% intervals" if few else f", {len(users):,} users"))
+    tidy(axes, "Pair accuracy by user" + (", with intervals" if few else f", {len(users):,} users"))
     legend_below(figure, *axes.get_legend_handles_labels())
     figure.savefig(path)
 
@@ -89,7 +89,7 @@ def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]
         color=BLUE,
         alpha=0.15,
         linewidth=0,
-        label="95% for one user, own",
+        label="interval of one user, own",
     )
     for place, scorer in enumerate(scorers):
         values = sorted(user.accuracy[scorer].value for user in users)
