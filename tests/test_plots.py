@@ -6,7 +6,7 @@ import torch
 from matplotlib.image import imread
 
 from trl_personal import UserVocab
-from trl_personal.plots import plot_report, plot_length_by_user, plot_training_curves, plot_user_map
+from trl_personal.plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
 from trl_personal.plots.user_map import _components
 from trl_personal.user_models import get_user_model_class
 from trl_personal.verdict import evaluate_margins

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from .files import write_atomically
 from .personalization_report import PersonalizationReport
-from .plots import plot_report, plot_length_by_user, plot_training_curves, plot_user_map
+from .plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
 from .user_models import UserModel
 from .user_report import GENERIC_USER
 from .users import UserVocab

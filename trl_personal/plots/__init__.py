@@ -6,4 +6,4 @@ from .training import plot_training_curves
 from .user_map import plot_user_map
 
 
-__all__ = ["plot_report", "plot_length_by_user", "plot_training_curves", "plot_user_map"]
+__all__ = ["plot_length_by_user", "plot_report", "plot_training_curves", "plot_user_map"]
