@@ -14,7 +14,7 @@ The small GPT-J on your own rows, in the raw schema of `openai/summarize_from_fe
     accelerate launch examples/gptj_length.py --dataset_path rows.jsonl --sft_steps 250 --output_dir out
 
 Each run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the personalized model, `results.json`
-with every number, and `length_by_user.png`.
+with every number, and `length_by_user.png`; the vanilla model is in `vanilla/` there. `docs/evaluation.md` goes on from here.
 """
 
 import copy
@@ -126,6 +126,7 @@ def main(script_args, training_args, model_args):
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
     vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
     vanilla_trainer.train()
+    vanilla_trainer.save_model()
     vanilla = evaluate_by_user(vanilla_trainer, test)
 
     if not trainer.is_world_process_zero():

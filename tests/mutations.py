@@ -771,8 +771,8 @@ MUTATIONS = [
     Mutation(
         "own and swapped prompts exchanged",
         "trainer.py",
-        'correct["swapped"] = self._correct_pairs(inputs, recorded[0])',
-        'correct["own"], correct["swapped"] = self._correct_pairs(inputs, recorded[0]), correct["own"]',
+        'margins["swapped"] = self._pair_margins(inputs, recorded[0])',
+        'margins["own"], margins["swapped"] = self._pair_margins(inputs, recorded[0]), margins["own"]',
         ("trainer",),
     ),
     Mutation(

@@ -119,7 +119,14 @@ def test_help_names_the_commands_and_the_exit_codes(capsys):
     assert run_and_exit("--help") == 0
     text = capsys.readouterr().out
     assert all(
-        line in text for line in ("  dpo       train", "  generate  answers", "  info      what", "2 wrong usage")
+        line in text
+        for line in (
+            "  dpo       train",
+            "  eval      who gains",
+            "  generate  answers",
+            "  info      what",
+            "2 wrong usage",
+        )
     )
 
 
@@ -133,9 +140,11 @@ def test_help_of_dpo_ends_with_the_settings_of_users(capsys):
     assert "--dataset_test_split" in text
 
 
-def test_help_of_generate_and_info(capsys):
+def test_help_of_generate_eval_and_info(capsys):
     assert run_and_exit("generate", "--help") == 0
     assert "one user id a line" in capsys.readouterr().out
+    assert run_and_exit("eval", "--help") == 0
+    assert "user_id_text, in_context, lora_per_user" in capsys.readouterr().out
     assert run_and_exit("info", "--help") == 0
     assert "--list_users" in capsys.readouterr().out
 
@@ -835,7 +844,7 @@ def test_the_commands_of_the_manual_run_as_written(model_dirs, tmp_path, monkeyp
                 assert argv[0] == "trl-personal", line
                 assert main(argv[1:]) == 0, line
                 ran.append(argv[1])
-    assert {"dpo", "generate", "info"} <= set(ran)
+    assert {"dpo", "eval", "generate", "info"} <= set(ran)
 
 
 @pytest.mark.slow

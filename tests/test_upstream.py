@@ -22,6 +22,7 @@ OVERRIDDEN = [
     "create_model_card",
     "create_optimizer",
     "evaluate",
+    "get_eval_dataloader",
     "log",
     "save_model",
     "train",

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from trl_personal.agreement import compare, majority_agreement, measure_agreement
 from trl_personal.cluster_bootstrap import cluster_mean, cluster_share
-from trl_personal.personalization_report import personalization_table
+from trl_personal.personalization_report import personalization_table, scorers_of
 from trl_personal.verdict import calibration_error, evaluate_margins
 
 
@@ -212,6 +212,19 @@ def test_no_gain_if_another_users_prompt_does_as_well():
     report = evaluate_margins(**repeated(swapped=TOY["own"]))
     assert not report.has_gain
     assert report.verdict.endswith("the own prompt does not clearly beat another user's prompt.")
+
+
+def test_other_ways_are_named_but_decide_nothing():
+    others = {"user_id_text": TOY["own"], "in_context": TOY["swapped"], "mine": TOY["own"]}
+    report = evaluate_margins(**repeated(), others={name: values[:5] * 60 for name, values in others.items()})
+    assert report.has_gain
+    assert report.gain == evaluate_margins(**repeated()).gain
+    assert report.verdict.endswith("; not clearly better than the user id as text or mine.")
+    assert report.advantages["in_context"] == report.advantages["swapped"]
+    assert scorers_of(report) == ["own", "generic", "swapped", "pooled", "user_id_text", "in_context", "mine"]
+    assert report.groups["all"].mean_margin["own"] == pytest.approx(
+        np.mean([user.mean_margin["own"] for user in report.users])
+    )
 
 
 def test_no_gain_over_the_better_baseline_though_the_other_is_beaten():

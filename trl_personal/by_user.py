@@ -8,6 +8,7 @@ from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
 
+from .modeling import is_personalized
 from .users import UserId
 
 
@@ -61,18 +62,20 @@ def answers_by_user(
     user_ids: Sequence[UserId],
     batch_size: int = 32,
     description: str = "Writing answers",
+    add_special_tokens: bool = True,
     **generate_kwargs: Any,
 ) -> dict[UserId, list[str]]:
     """
     An answer to every prompt for every user, generated in left-padded batches that mix users and prompts.
 
     Args:
-        model: With a user model attached.
+        model: With a user model attached; a plain one writes for `user_ids=[None]`.
         tokenizer: Padded on the left here, whatever its own side; the next tokens are decoded without special tokens.
         prompts (`Sequence[str]`): The same for all users.
         user_ids (`Sequence`): Users; `None` is the generic one.
         batch_size (`int`, *optional*, defaults to `32`): Rows generated at once.
         description (`str`, *optional*): Shown beside the progress bar.
+        add_special_tokens (`bool`, *optional*, defaults to `True`): Not for prompts that a chat template made.
         **generate_kwargs: Of `model.generate`.
 
     Returns:
@@ -84,9 +87,16 @@ def answers_by_user(
     generate: Any = model.generate
     for start in track(range(0, len(rows), batch_size), description, transient=True):
         batch_users, batch_prompts = zip(*rows[start : start + batch_size], strict=True)
-        inputs = tokenizer(list(batch_prompts), return_tensors="pt", padding=True, padding_side="left")
+        inputs = tokenizer(
+            list(batch_prompts),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=add_special_tokens,
+        )
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        outputs = generate(**inputs, user_ids=list(batch_users), **generate_kwargs)
+        users = {"user_ids": list(batch_users)} if is_personalized(model) else {}
+        outputs = generate(**inputs, **users, **generate_kwargs)
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for user_id, text in zip(batch_users, texts, strict=True):
             answers[user_id].append(text)

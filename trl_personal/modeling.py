@@ -281,7 +281,7 @@ class AutoPersonalizedModelForCausalLM:
                 )
             )
         user_model, user_vocab, config = load_user_model(folder)
-        model = _load_language_model(name, hub_kwargs, kwargs)
+        model = load_language_model(name, **kwargs)
         check_fingerprints(folder.parent, config)
         attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"))
         return model
@@ -378,8 +378,9 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
     )
 
 
-def _load_language_model(name: str, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
-    is_trainable = kwargs.pop("is_trainable", False)
+def load_language_model(name: str, *, is_trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
+    """The language model or adapter in a folder or repository, without users."""
+    hub_kwargs = {key: kwargs[key] for key in HUB_PULL_ARGUMENTS if key in kwargs}
     if not is_adapter(name, **hub_kwargs):
         return _load_by_architecture(name, **kwargs)
     adapter = PeftConfig.from_pretrained(name, **hub_kwargs)

@@ -9,7 +9,8 @@ from rich.table import Table
 from .cluster_bootstrap import Interval
 
 
-SCORERS = ("own", "generic", "swapped", "pooled")  # what pairs were scored with, in the order of tables
+SCORERS = ("own", "generic", "swapped", "pooled")  # what pairs were scored with, in the order of tables; others follow
+MAX_ON_ONE_LINE = 4  # scorers that a table holds with their intervals beside the number
 GROUPS = ("all", "seen", "unseen", "minority")
 
 
@@ -47,11 +48,13 @@ class GroupResult:
     Args:
         num_users, num_pairs (`int`): In the group.
         accuracy (`Mapping[str, Interval]`): For each of `SCORERS` that was measured, the mean over users.
+        mean_margin (`Mapping[str, float]`): Likewise, of the margin in nats.
     """
 
     num_users: int
     num_pairs: int
     accuracy: Mapping[str, Interval]
+    mean_margin: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class PersonalizationReport:
         return asdict(self)
 
 
+def scorers_of(report: PersonalizationReport) -> list[str]:
+    """What the pairs of a report were scored with, in the order of tables."""
+    measured = report.groups["all"].accuracy
+    return [*(name for name in SCORERS if name in measured), *(name for name in measured if name not in SCORERS)]
+
+
 def personalization_table(report: PersonalizationReport, list_users: bool = False) -> Table:
     """
     Accuracies as a table to print: groups of users, the worst, and how well calibrated; no ids unless `list_users`.
@@ -95,23 +104,36 @@ def personalization_table(report: PersonalizationReport, list_users: bool = Fals
     rich.print(personalization_table(report))
     ```
     """
-    scorers = [scorer for scorer in SCORERS if scorer in report.groups["all"].accuracy]
+    scorers = scorers_of(report)
     table = Table("users", "number", "pairs", title="Pair accuracy by soft prompt", caption=report.verdict)
     for scorer in scorers:
-        table.add_column(scorer, justify="right")
+        table.add_column(scorer.replace("_", " "), justify="right")
+    write = _on_one_line if len(scorers) <= MAX_ON_ONE_LINE else _on_two_lines
     for name in GROUPS:
         if name in report.groups:
             group = report.groups[name]
-            cells = [f"{group.accuracy[scorer]:.2f}" for scorer in scorers]
+            cells = [write(group.accuracy[scorer]) for scorer in scorers]
             table.add_row(f"{name}, mean", f"{group.num_users:,}", f"{group.num_pairs:,}", *cells)
+    margins = report.groups["seen"].mean_margin if "seen" in report.groups else {}
     for name, values in (
         ("worst tenth of seen", report.worst_decile),
         ("worst of seen", report.worst_user),
+        ("own minus this, seen", report.advantages),
+        ("margin of seen, nats", margins),
         ("calibration error", report.calibration),
     ):
         if values:
-            table.add_row(name, "", "", *(f"{values[scorer]:.2f}" for scorer in scorers))
+            cells = [write(values[scorer]) if scorer in values else "" for scorer in scorers]
+            table.add_row(name, "", "", *cells)
     for user in report.users if list_users else ():
-        cells = [f"{user.accuracy[scorer]:.2f}" for scorer in scorers]
+        cells = [write(user.accuracy[scorer]) for scorer in scorers]
         table.add_row(user.user_id or "no user", "" if user.seen else "unseen", f"{user.num_pairs:,}", *cells)
     return table
+
+
+def _on_one_line(value: Interval | float) -> str:
+    return f"{value:.2f}"
+
+
+def _on_two_lines(value: Interval | float) -> str:
+    return f"{value.value:.2f}\n{value.low:.2f}–{value.high:.2f}" if isinstance(value, Interval) else f"{value:.2f}"

@@ -37,8 +37,9 @@ from trl import DPOConfig, DPOTrainer, SyncRefModelCallback
 
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizedDPOConfig
-from .evaluation import UserAccuracy, pair_margins, swapped_user_indices
+from .evaluation import UserAccuracy, pair_margins
 from .files import read_json
+from .margins import MarginRecorder
 from .modeling import (
     HUB_PULL_ARGUMENTS,
     USER_MODEL_FOLDER,
@@ -152,6 +153,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
         has_settings = isinstance(args, PersonalizedDPOConfig)
         args = _personalized_args(args, model)
         self.user_model, self.user_vocab = None, None
+        self.margin_recorder: MarginRecorder | None = None  # what `score_pairs` listens with
         self._reference_fingerprint: str | None = None
         self._packer: PairPacker | None = None
         self._packing_is_checked, self._warned_of_packing = False, False
@@ -389,14 +391,20 @@ class PersonalizedDPOTrainer(DPOTrainer):
     ) -> Any:
         """TRL's loss for the user and for the generic user, mixed by `personalization_alpha`; one reference pass for both."""
         if self.user_model is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.margin_recorder is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._reference_in_batch(inputs) as inputs, self._recorded_log_probs() as recorded:
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            margins = {"own": self._pair_margins(inputs, recorded[0])}
+            self.margin_recorder.add(self.accelerator.gather_for_metrics(margins))
+            return result
         inputs = self._with_checked_packing(model, inputs)
         if self.model.training and self.args.generic_term == "sampled":
             with self._reference_in_batch(inputs) as inputs:
                 inputs = {**inputs, "user_indices": self._sampled_users(inputs["user_indices"])}
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         alpha = self.args.personalization_alpha
-        loss, outputs, recorded = 0.0, None, []
+        loss, outputs = 0.0, None
         with self._reference_in_batch(inputs) as inputs:
             if self._term != "generic":
                 with self._recorded_log_probs() as recorded:
@@ -406,11 +414,11 @@ class PersonalizedDPOTrainer(DPOTrainer):
             # training on the users' term alone needs no second pass
             if self._term != "user" and (alpha < 1 or not self.model.training):
                 generic_users = torch.full_like(inputs["user_indices"], GENERIC_USER_INDEX)
-                with self._metrics_under("generic/"):
+                with self._metrics_under("generic/"), self._recorded_log_probs() as recorded_generic:
                     generic_loss = super().compute_loss(model, {**inputs, "user_indices": generic_users})
                 loss = loss + (1 - alpha) * generic_loss
             if not self.model.training:
-                self._count_users(model, inputs, recorded[0])
+                self._count_users(model, inputs, recorded[0], recorded_generic[0])
         return (loss, outputs) if return_outputs else loss
 
     def _sampled_users(self, user_indices: Tensor) -> Tensor:
@@ -502,28 +510,40 @@ class PersonalizedDPOTrainer(DPOTrainer):
         finally:
             handle.remove()
 
-    def _count_users(self, model: nn.Module, inputs: dict[str, Any], log_probs: Tensor) -> None:
-        """Evaluation: which pairs come out right with the own soft prompt, and with that of another user."""
+    def _count_users(
+        self, model: nn.Module, inputs: dict[str, Any], log_probs: Tensor, generic_log_probs: Tensor
+    ) -> None:
+        """Evaluation: how pairs come out with the own soft prompt, the generic one, and that of another user."""
         num_users = len(self.user_vocab or ())
-        correct = {"own": self._correct_pairs(inputs, log_probs)}
+        recorder = self.margin_recorder or MarginRecorder()
+        margins = {
+            "own": self._pair_margins(inputs, log_probs),
+            "generic": self._pair_margins(inputs, generic_log_probs),
+        }
         if num_users > 1:
-            swapped_inputs = {**inputs, "user_indices": swapped_user_indices(inputs["user_indices"], num_users)}
+            swapped_inputs = {**inputs, "user_indices": recorder.swapped(inputs["user_indices"], num_users)}
             with self._metrics_under(""), self._recorded_log_probs() as recorded:
                 super().compute_loss(model, swapped_inputs)
-            correct["swapped"] = self._correct_pairs(inputs, recorded[0])
+            margins["swapped"] = self._pair_margins(inputs, recorded[0])
         user_indices = inputs["user_indices"].chunk(2)[0]
-        user_indices, correct = self.accelerator.gather_for_metrics((user_indices, correct))
-        self._user_accuracy.add(user_indices, correct)
+        user_indices, margins = self.accelerator.gather_for_metrics((user_indices, margins))
+        self._user_accuracy.add(user_indices, {name: (values > 0).float() for name, values in margins.items()})
+        recorder.add(margins)
 
-    def _correct_pairs(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:
-        margins = pair_margins(
+    def _pair_margins(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:
+        return pair_margins(
             log_probs,
             inputs["completion_mask"],
             inputs["ref_chosen_logps"],
             inputs["ref_rejected_logps"],
             self.ld_alpha,
         )
-        return (margins > 0).float()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in transformers. What `score_pairs` listens with sees the rows that are left after their preparation."""
+        if self.margin_recorder is not None:
+            self.margin_recorder.see(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL; at the end of an evaluation with the accuracy over users."""

@@ -14,6 +14,11 @@ from .personalization_report import GroupResult, PersonalizationReport, UserResu
 
 BASELINES = {"pooled": "pooled DPO", "generic": "the generic prompt"}
 CONTROLS = BASELINES | {"swapped": "another user's prompt"}
+OTHER_WAYS = {  # to personalize; how the verdict calls them
+    "user_id_text": "the user id as text",
+    "in_context": "earlier choices in the prompt",
+    "lora_per_user": "a LoRA for each user",
+}
 MIN_PROMPTS = 10  # fewer independent prompts say nothing reliable, however clear they look
 NUM_BINS = 10  # of the calibration error
 USER_RESAMPLES = 200  # for the interval of one user
@@ -50,6 +55,7 @@ def evaluate_margins(
     *,
     swapped: ArrayLike | None = None,
     pooled: ArrayLike | None = None,
+    others: Mapping[str, ArrayLike] | None = None,
     known_users: Collection[str] | None = None,
     agrees_with_majority: ArrayLike | None = None,
     beta: float = 0.1,
@@ -76,6 +82,8 @@ def evaluate_margins(
         swapped (`ArrayLike`, *optional*): Margins `(n,)` with another user's prompt. Without them the verdict is never a gain:
             what any soft prompt would give cannot be told from what is personal.
         pooled (`ArrayLike`, *optional*): Margins `(n,)` of a model trained by plain DPO on all users.
+        others (`Mapping[str, ArrayLike]`, *optional*): Margins `(n,)` of other ways to personalize, such as `OTHER_WAYS`. A
+            gain does not have to beat them, but the verdict says which of them it does not clearly beat.
         known_users (`Collection[str]`, *optional*): Users the model was trained on; default: all. The verdict is on them.
         agrees_with_majority (`ArrayLike`, *optional*): `(n,)`, 1 if the user judged a pair like the majority, 0 if not, NaN if
             there is none ([`majority_agreement`]).
@@ -97,7 +105,7 @@ def evaluate_margins(
     'No evidence of gain: 2 prompts are too few to tell, at least 10 are needed.'
     ```
     """
-    scored = {"own": own, "generic": generic, "swapped": swapped, "pooled": pooled}
+    scored = {"own": own, "generic": generic, "swapped": swapped, "pooled": pooled} | dict(others or {})
     margins = {name: np.asarray(values, np.float64) for name, values in scored.items() if values is not None}
     majority = (
         np.full(len(user_ids), np.nan) if agrees_with_majority is None else np.asarray(agrees_with_majority, float)
@@ -119,7 +127,7 @@ def evaluate_margins(
     advantages = _advantages(known, confidence, seed)
     gain = _smallest([advantages[name] for name in BASELINES if name in advantages])
     num_prompts = len(np.unique(known.prompts))
-    is_clear = num_prompts >= MIN_PROMPTS and all(advantage.low > 0 for advantage in advantages.values())
+    is_clear = num_prompts >= MIN_PROMPTS and all(advantages[name].low > 0 for name in CONTROLS if name in advantages)
     has_gain = is_clear and "swapped" in advantages
     results = _user_results(pairs, names, seen, minority, confidence, seed)
     return PersonalizationReport(
@@ -193,6 +201,9 @@ def _group(pairs: _Pairs, confidence: float, seed: int) -> GroupResult:
             scorer: cluster_share(values, pairs.prompts, pairs.weights, confidence=confidence, seed=seed)
             for scorer, values in pairs.right.items()
         },
+        mean_margin={
+            scorer: float(np.average(values, weights=pairs.weights)) for scorer, values in pairs.margins.items()
+        },
     )
 
 
@@ -200,7 +211,7 @@ def _advantages(pairs: _Pairs, confidence: float, seed: int) -> dict[str, Interv
     if not len(pairs.users):
         return {}
     own, advantages = pairs.right["own"], {}
-    for name in [name for name in CONTROLS if name in pairs.right]:
+    for name in sorted(pairs.right.keys() - {"own"}, key=[*CONTROLS, *OTHER_WAYS, *pairs.right].index):
         found = cluster_mean(own - pairs.right[name], pairs.prompts, pairs.weights, confidence=confidence, seed=seed)
         advantages[name] = Interval(found.value, max(found.low, -1.0), min(found.high, 1.0))
     return advantages
@@ -249,9 +260,9 @@ def _sentence(
         ahead, behind = (sum(sign * user.gain > 0 for user in users) for sign in (1, -1))
         return (
             f"These users gain: {found}, mean of {len(users)} seen users, of whom {ahead} do better and {behind} worse"
-            f"{_not_measured(advantages)}."
+            f"{_not_measured(advantages)}{_as_good(advantages)}."
         )
-    unbeaten = [CONTROLS[name] for name, advantage in advantages.items() if advantage.low <= 0]
+    unbeaten = [CONTROLS[name] for name in CONTROLS if name in advantages and advantages[name].low <= 0]
     reason = f"the own prompt does not clearly beat {' or '.join(unbeaten)}" if unbeaten else "it may not be personal"
     return f"No evidence of gain: {found}; {reason}{_not_measured(advantages)}."
 
@@ -259,6 +270,13 @@ def _sentence(
 def _not_measured(advantages: Mapping[str, Interval]) -> str:
     missing = [name for key, name in CONTROLS.items() if key not in advantages]
     return f" ({' and '.join(missing)} not measured)" if missing else ""
+
+
+def _as_good(advantages: Mapping[str, Interval]) -> str:
+    names = [
+        OTHER_WAYS.get(name, name) for name, found in advantages.items() if name not in CONTROLS and found.low <= 0
+    ]
+    return f"; not clearly better than {' or '.join(names)}" if names else ""
 
 
 def _check(arrays: Mapping[str, FloatArray], num_users: int, num_prompts: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from .arguments import make_audit_parser, make_generate_parser, make_info_parser, make_main_parser
+from .arguments import make_audit_parser, make_eval_parser, make_generate_parser, make_info_parser, make_main_parser
 
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -39,6 +39,8 @@ def _parse_command(options: Namespace) -> Namespace:
     """The arguments of the command; those of `dpo` need TRL and are parsed later."""
     if options.command == "audit":
         return make_audit_parser().parse_args(options.arguments)
+    if options.command == "eval":
+        return make_eval_parser().parse_args(options.arguments)
     if options.command == "generate":
         return make_generate_parser().parse_args(options.arguments)
     if options.command == "info":
@@ -58,6 +60,10 @@ def _run(options: Namespace, arguments: Namespace) -> int:
         from .audit import run_audit
 
         run_audit(arguments)
+    elif options.command == "eval":
+        from .eval import run_eval
+
+        run_eval(arguments)
     elif options.command == "generate":
         from .generate import run_generate
 

@@ -1,4 +1,4 @@
-"""The options of `trl-personal`, `audit`, `generate` and `info`. Only the standard library, so that `--help` is fast."""
+"""The options of `trl-personal` and its commands. Only the standard library, so that `--help` is fast."""
 
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 
@@ -12,6 +12,7 @@ MAIN_EPILOG = """\
 commands:
   audit     what preferences allow before training: users, leakage, room for personalization
   dpo       train on the preferences of users: `trl dpo` with a user_id column
+  eval      who gains from the own soft prompt: accuracy, baselines, and a verdict
   generate  answers of a trained model, for every prompt and every user
   info      what a trained model is: kind, users, sizes, versions
 
@@ -45,7 +46,9 @@ def make_main_parser() -> ArgumentParser:
         action="store_true",
         help="`dpo` trains in this process: for use under `torchrun -m` or `accelerate launch -m`",
     )
-    parser.add_argument("command", metavar="COMMAND", choices=("audit", "dpo", "generate", "info"), help="see below")
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=("audit", "dpo", "eval", "generate", "info"), help="see below"
+    )
     parser.add_argument("arguments", nargs=REMAINDER, help=SUPPRESS).required = False
     return parser
 
@@ -76,6 +79,68 @@ def make_audit_parser() -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and shuffles; default: 0")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def make_eval_parser() -> ArgumentParser:
+    """The options of `trl-personal eval`."""
+    parser = ArgumentParser(
+        prog=f"{PROG} eval",
+        description="Whether users gain from their own soft prompts: pair accuracy with the own, the generic and another "
+        "user's prompt, against vanilla DPO on all users and other baselines, with intervals and a verdict.",
+        epilog="The exit code is 0 whatever the verdict is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="folder that training wrote, or a repository on the hub")
+    data = parser.add_argument_group("data", "A file, a folder of files or of `save_to_disk`, or a name on the hub.")
+    data.add_argument("--dataset_name", required=True, metavar="DATASET", help="held-out pairs")
+    data.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
+    data.add_argument("--dataset_test_split", metavar="NAME", help="default: test, or the only split there is")
+    data.add_argument(
+        "--train_dataset", metavar="DATASET", help="pairs of the training; default: those of --dataset_name"
+    )
+    data.add_argument("--dataset_train_split", default="train", metavar="NAME", help="default: train")
+    data.add_argument("--user_id_column", metavar="NAME", help="default: as in the training, else user_id")
+    data.add_argument(
+        "--opposite_column",
+        metavar="NAME",
+        help="column with a preference of each user: the swapped prompt is that of a user of another preference",
+    )
+    _add_baseline_options(parser)
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--generate", type=_positive, default=0, metavar="N", help="every user answers N of the prompts; default: none"
+    )
+    answers.add_argument("--max_new_tokens", type=_positive, default=128, metavar="N", help="default: 128")
+    answers.add_argument("--do_sample", action="store_true", help="sample, instead of the likeliest tokens")
+    _add_loading_options(parser)
+    parser.add_argument("--batch_size", type=_positive, default=8, metavar="N", help="pairs at a time; default: 8")
+    parser.add_argument("--beta", type=float, metavar="B", help="default: as in the training")
+    parser.add_argument("--max_length", type=_positive, metavar="N", help="default: as in the training")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="for tables and pictures; default: MODEL/evaluation")
+    parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of resamples and sampling; default: 0")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_baseline_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("baselines", "Trained with the settings of the training, found in MODEL.")
+    group.add_argument(
+        "--ref_model", metavar="MODEL", help="what the training started from; needed if MODEL is no adapter"
+    )
+    group.add_argument(
+        "--pooled", metavar="FOLDER", help="vanilla DPO on all users, trained before (user_model_kind none)"
+    )
+    group.add_argument(
+        "--baselines",
+        default="",
+        metavar="A,B,...",
+        help="to train now, from the pairs of --train_dataset: pooled, user_id_text, in_context, lora_per_user",
+    )
+    group.add_argument(
+        "--max_steps", type=_positive, metavar="N", help="of each baseline; default: as in the training"
+    )
 
 
 def make_generate_parser() -> ArgumentParser:

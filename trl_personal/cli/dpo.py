@@ -142,6 +142,7 @@ def train(
     with _traceback_in(Path(trainer.args.output_dir or "."), training_args.process_index):
         trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from .. import AutoPersonalizedModelForCausalLM
-from ..files import read_json
+from ..trained_folder import processor_name
 from .model_folder import check_model_name
 from .requests import Prompt, read_prompts, read_users
 
@@ -73,18 +72,10 @@ def load(arguments: Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
         device_map=device_map,
         quantization_config=get_quantization_config(quantization),
     )
-    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_name(arguments.model), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(processor_name(arguments.model), padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
-
-
-def _tokenizer_name(name: str) -> str:
-    """An adapter that was saved without a tokenizer has its base model's."""
-    folder = Path(name)
-    if not (folder / "adapter_config.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        return name
-    return read_json(folder / "adapter_config.json")["base_model_name_or_path"]
 
 
 def generate(

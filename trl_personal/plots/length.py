@@ -1,4 +1,4 @@
-"""Charts of results. They are written to files without a display; nothing is shown or kept open."""
+"""Length of generated answers by user."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,12 +6,13 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .canvas import BLUE, GRAY, MAX_LABELS, ORANGE, label_users, legend_below, new_figure, tidy, width_for
 
-PREFERENCE_COLORS = {"longer": "#0072B2", "shorter": "#D55E00"}  # told apart by colour-blind readers too
-OTHER_COLOR = "#7F7F7F"
+
+PREFERENCE_COLORS = {"longer": BLUE, "shorter": ORANGE}
+OTHER_COLOR = GRAY
 
 
 def plot_length_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]], unit: str = "words") -> None:
@@ -19,7 +20,8 @@ def plot_length_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]], uni
     Write a bar chart of generated length by user to `path`, in the format of its ending (`.png`, `.pdf`, `.svg`).
 
     A bar is a user's mean, a dot one answer, and a diamond the mean of the answers that the user chose. Users are ordered by
-    preference, then by mean; those without a preference, such as the generic user, come last.
+    preference, then by mean; those without a preference, such as the generic user, come last. More than 40 users are drawn as
+    points without names and single answers.
 
     Args:
         path (`str` or `Path`): File to write; its folder must exist.
@@ -36,20 +38,41 @@ def plot_length_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]], uni
         raise ValueError(f"Each user needs at least one answer to draw; found none for {empty or 'anybody'}.")
     groups = [*PREFERENCE_COLORS, None]
     rows = sorted(rows, key=lambda row: (groups.index(row["preference"]), -mean(row["generated_lengths"])))
-    figure = Figure(figsize=(max(5.0, 1.5 + 0.65 * len(rows)), 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    few = len(rows) <= MAX_LABELS
+    figure = new_figure(width_for(len(rows)) if few else 7.5, 4.2)
     axes = figure.add_subplot()
-    for position, row in enumerate(rows):
-        _draw_user(axes, position, row)
-    axes.set_xticks(
-        range(len(rows)), [row["user_id"] for row in rows], rotation=35, ha="right", rotation_mode="anchor"
-    )
+    if few:
+        for position, row in enumerate(rows):
+            _draw_user(axes, position, row)
+        label_users(axes, [row["user_id"] for row in rows])
+    else:
+        _draw_points(axes, rows)
     axes.set_ylabel(f"length ({unit})")
     axes.set_ylim(bottom=0)
-    axes.set_title("Length of generated answers by user", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    _add_legend(axes)
+    tidy(axes, "Length of generated answers by user" + ("" if few else f", {len(rows):,} users"))
+    _add_legend(figure, axes)
     figure.savefig(path)
+
+
+def _draw_points(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    for preference in dict.fromkeys(row["preference"] for row in rows):
+        places = [place for place, row in enumerate(rows) if row["preference"] == preference]
+        color = PREFERENCE_COLORS.get(preference, OTHER_COLOR)
+        means = [mean(rows[place]["generated_lengths"]) for place in places]
+        chosen = {p: rows[p]["mean_chosen_length"] for p in places if rows[p].get("mean_chosen_length") is not None}
+        axes.scatter(
+            list(chosen),
+            list(chosen.values()),
+            s=3,
+            color="black",
+            alpha=0.25,
+            linewidths=0,
+            label="mean of chosen answers",
+        )
+        label = f"prefers {preference}" if preference else "no preference"
+        axes.scatter(places, means, s=12, color=color, alpha=0.9, linewidths=0, label=label)
+    axes.set_xlabel("users, by preference and mean")
+    axes.set_xlim(-0.01 * len(rows), 1.01 * len(rows))
 
 
 def _draw_user(axes: Axes, position: int, row: Mapping[str, Any]) -> None:
@@ -63,8 +86,8 @@ def _draw_user(axes: Axes, position: int, row: Mapping[str, Any]) -> None:
         axes.scatter(position, chosen, marker="D", s=26, color="black", zorder=3, label="mean of chosen answers")
 
 
-def _add_legend(axes: Axes) -> None:
+def _add_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry for each label
     order = sorted(first, key=labels.index)
-    axes.legend([first[label] for label in order], order, frameon=False, fontsize=8, loc="upper right")
+    legend_below(figure, [first[label] for label in order], order)

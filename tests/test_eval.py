@@ -1,0 +1,200 @@
+"""`trl-personal eval`, end to end: planted preferences are found, shuffled ids are not, and the files say what was printed."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from conftest import WORDS
+from datasets import Dataset
+
+from trl_personal.cli import main
+from trl_personal.evaluate_model import evaluate_model
+
+
+USERS = {"ann": "shorter", "bo": "longer", "cy": "shorter", "di": "longer", "ed": "longer"}
+FILES = {
+    *("evaluation.json", "users.json", "users.parquet", "pairs.parquet", "accuracy_by_user.png", "user_map.png"),
+    "training_curves.png",
+}
+MODEL = {"max_length": 32, "num_virtual_tokens": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 16}
+TRAINING = {
+    **MODEL,
+    "max_steps": 20,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def make_rows(num_prompts, users, shuffled=False, seed=0):
+    """Each prompt has a short and a long answer, judged by most users according to their preference."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_prompts):
+        prompt = " ".join(rng.choices(WORDS[5:], k=5))
+        for user, preference in users.items():
+            if rng.random() < 0.7:
+                short, long = " yes", " no i like dogs the end"
+                chosen, rejected = (short, long) if preference == "shorter" else (long, short)
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "user_id": user})
+    if shuffled:
+        ids = [row["user_id"] for row in rows]
+        rng.shuffle(ids)
+        rows = [{**row, "user_id": user} for row, user in zip(rows, ids, strict=True)]
+    return [{**row, "preference": users[row["user_id"]]} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    for name in ("planted", "shuffled"):
+        (root / name).mkdir()
+        rows = {
+            "train": make_rows(40, USERS, name == "shuffled", seed=0),
+            "test": make_rows(25, USERS | {"new": "longer"}, name == "shuffled", seed=1),
+        }
+        for split, content in rows.items():
+            (root / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return root
+
+
+def train(folders, model_dirs, name, *more):
+    out = folders / f"{name}_out"
+    settings = [part for key, value in TRAINING.items() for part in (f"--{key}", str(value))]
+    command = ["dpo", "--model_name_or_path", model_dirs["gptj"], "--dataset_name", str(folders / name)]
+    assert main([*command, "--output_dir", str(out), *settings, *more]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def planted(folders, model_dirs):
+    """A LoRA with users who conflict."""
+    return train(folders, model_dirs, "planted", "--use_peft", "--lora_target_modules", "q_proj", "v_proj")
+
+
+def evaluate(capsys, *arguments):
+    capsys.readouterr()
+    code = main(["eval", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_planted_preferences_are_a_gain_and_the_files_agree(planted, folders, capsys):
+    code, out, err = evaluate(
+        capsys, planted, "--dataset_name", folders / "planted", "--baselines", "pooled", "--opposite_column", "preference",
+        "--generate", "2", "--max_new_tokens", "6", "--batch_size", "32", "--format", "json", "--list_users",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["verdict"].startswith("These users gain: +0.")
+    assert found["has_gain"]
+    assert found["gain"]["low"] > 0
+    folder = planted / "evaluation"
+    assert {path.name for path in folder.iterdir()} == FILES | {"length_by_user.png"}
+    assert json.loads((folder / "evaluation.json").read_text()) == found
+    users = json.loads((folder / "users.json").read_text())
+    assert Dataset.from_parquet(str(folder / "users.parquet")).to_list() == users == found["users"]
+    assert [user["user_id"] for user in users if not user["seen"]] == ["new"]
+    by_id = {user["user_id"]: user for user in users}
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).to_pandas()
+    assert pairs["row"].tolist() == list(range(len(pairs)))
+    for scorer in ("own", "generic", "swapped", "pooled"):
+        for user, values in pairs.groupby("user_id")[scorer]:
+            assert by_id[user][f"accuracy_{scorer}"] == (values > 0).mean()
+            assert by_id[user][f"margin_{scorer}"] == pytest.approx(values.mean())
+    stranger = pairs[pairs["user_id"] == "new"]
+    np.testing.assert_allclose(stranger["own"], stranger["generic"], atol=1e-4)
+    assert found["worst_user"]["swapped"] < 0.5
+    sample = found["samples"][0]
+    words = len(sample["answers"]["ann"].split()) + len(found["samples"][1]["answers"]["ann"].split())
+    reference = sum(len(sample["reference"].split()) for sample in found["samples"])
+    assert by_id["ann"]["length_drift"] == pytest.approx((words - reference) / 2)
+
+
+def test_shuffled_ids_are_no_evidence_of_gain_for_a_full_model(folders, model_dirs, capsys):
+    out_dir = train(folders, model_dirs, "shuffled")
+    common = [out_dir, "--dataset_name", folders / "shuffled", "--batch_size", "32"]
+    code, _, err = evaluate(capsys, *common)
+    assert (code, "Name it with `--ref_model`" in err) == (1, True)
+    code, out, err = evaluate(
+        capsys,
+        *common,
+        "--ref_model",
+        model_dirs["gptj"],
+        "--baselines",
+        "pooled",
+        "--output_dir",
+        folders / "numbers",
+    )
+    assert code == 0, err
+    assert "No evidence of gain" in out
+    assert not [user for user in [*USERS, "new"] if re.search(rf"\b{user}\b", out)]
+    found = json.loads((folders / "numbers/evaluation.json").read_text())
+    assert not found["has_gain"]
+    assert {path.name for path in (folders / "numbers").iterdir()} == FILES
+
+
+@pytest.mark.slow
+def test_a_pooled_folder_may_be_given(planted, folders, model_dirs, capsys):
+    pooled = train(
+        folders, model_dirs, "planted", "--use_peft", "--lora_target_modules", "q_proj", "v_proj",
+        "--user_model_kind", "none", "--output_dir", str(folders / "pooled"),
+    )  # fmt: skip
+    assert pooled  # the last --output_dir wins
+    code, out, err = evaluate(
+        capsys, planted, "--dataset_name", folders / "planted", "--pooled", folders / "pooled", "--format", "json",
+        "--output_dir", folders / "with_pooled",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert "users" not in found
+    assert found["has_gain"]
+    assert 0.4 < found["groups"]["seen"]["accuracy"]["pooled"]["value"] < 0.7
+
+
+@pytest.mark.slow
+def test_every_baseline(planted, folders):
+    rows = {split: Dataset.from_json(str(folders / "planted" / f"{split}.jsonl")) for split in ("train", "test")}
+    found = evaluate_model(
+        str(planted), rows["test"], train_dataset=rows["train"], batch_size=32, disable_tqdm=True,
+        baselines=["pooled", "user_id_text", "in_context", "lora_per_user"], opposite_column="preference",
+    )  # fmt: skip
+    accuracy = {name: interval.value for name, interval in found.report.groups["seen"].accuracy.items()}
+    assert accuracy["own"] > 0.9
+    assert accuracy["lora_per_user"] > 0.9
+    for name in ("pooled", "in_context"):
+        assert 0.4 < accuracy[name] < 0.7
+    assert accuracy["swapped"] < 0.1
+    assert "not clearly better than" in found.report.verdict
+    assert "a LoRA for each user" in found.report.verdict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--baselines", "best"],
+            "There is no baseline 'best'. Choose from pooled, user_id_text, in_context, lora_per_user.",
+        ),
+        (["--user_id_column", "who"], "The evaluation dataset has no `who` column"),
+        (["--opposite_column", "taste"], "The evaluation dataset has no `taste` column"),
+        (["--dataset_test_split", "dev"], "The dataset has no split 'dev' to evaluate on"),
+        (["--pooled", "some/where", "--baselines", "pooled"], "leave one of them out"),
+        (["--pooled", "somewhere"], "There is no folder somewhere."),
+        (["--train_dataset", "nowhere.jsonl", "--baselines", "pooled"], "There is no file nowhere.jsonl"),
+    ],
+)
+def test_wrong_arguments_are_one_line(planted, folders, capsys, arguments, message):
+    code, out, err = evaluate(capsys, planted, "--dataset_name", folders / "planted", *arguments)
+    assert (code, out) == (1, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_baselines_need_pairs_to_train_on(planted, folders, capsys):
+    code, _, err = evaluate(capsys, planted, "--dataset_name", folders / "planted/test.jsonl", "--baselines", "pooled")
+    assert code == 1
+    assert "give them with `--train_dataset`" in err
+    assert evaluate(capsys, planted, "--dataset_name", folders / "planted/test.jsonl")[0] == 0

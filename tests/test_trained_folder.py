@@ -1,0 +1,87 @@
+"""A trained folder, scored: the numbers are those of the trainer that trained it."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from trl_personal.margins import score_pairs
+from trl_personal.saved_settings import read_log_history, read_training_settings
+from trl_personal.trained_folder import make_scoring_trainer
+
+
+SETTINGS = {"beta": 0.3, "max_length": 12, "ld_alpha": 0.5, "max_steps": 3, "learning_rate": 0.02}
+
+
+@pytest.fixture
+def saved(make_trainer, tmp_path):
+    def save(**kwargs):
+        trainer = make_trainer(**SETTINGS, **kwargs)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "out"))
+        trainer.save_state()
+        return trainer, str(tmp_path / "out")
+
+    return save
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_loaded_folder_scores_as_the_trainer_did(saved, preferences, model_dirs, lora):
+    trainer, folder = saved(lora=lora, per_device_eval_batch_size=8)
+    strangers = preferences.from_list([*preferences, {**preferences[0], "user_id": "stranger"}])
+    expected = score_pairs(trainer, strangers)
+    loaded = make_scoring_trainer(
+        folder, strangers, read_training_settings(folder), ref_model=None if lora else model_dirs["gptj"]
+    )
+    found = score_pairs(loaded, loaded.train_dataset)
+    assert list(loaded.user_vocab) == ["ann", "bo"]
+    for name in ("own", "generic", "swapped"):
+        np.testing.assert_allclose(found.margins[name], expected.margins[name], atol=1e-5)
+    assert np.abs(found.margins["own"]).min() > 1e-3  # the reference is not the trained policy
+    for name in ("eval_loss", "eval_rewards/margins", "eval_generic/rewards/accuracies"):
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], abs=1e-5)
+
+
+def test_a_folder_without_users_is_scored_too(saved, preferences):
+    trainer, folder = saved(lora=True, user_model_kind="none")
+    expected = score_pairs(trainer, preferences)
+    loaded = make_scoring_trainer(folder, preferences, read_training_settings(folder))
+    np.testing.assert_allclose(
+        score_pairs(loaded, loaded.train_dataset).margins["own"], expected.margins["own"], atol=1e-5
+    )
+
+
+def test_a_full_model_needs_its_reference(saved, preferences):
+    _, folder = saved()
+    with pytest.raises(ValueError, match="relative to that one. Name it with `--ref_model`"):
+        make_scoring_trainer(folder, preferences, {})
+
+
+def test_settings_and_log_of_a_folder(saved, tmp_path):
+    _, folder = saved(gradient_accumulation_steps=2)
+    found = read_training_settings(folder)
+    assert {name: found[name] for name in SETTINGS} == SETTINGS
+    assert (found["gradient_accumulation_steps"], found["user_id_column"], found["loss_type"]) == (
+        2,
+        "user_id",
+        ["sigmoid"],
+    )
+    assert [entry["step"] for entry in read_log_history(folder)] == [1, 2, 3, 3]
+    assert read_training_settings(tmp_path) == {}
+    assert read_log_history(tmp_path) == []
+
+
+class Command:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_a_foreign_file_runs_no_code(tmp_path, capsys):
+    torch.save({"args": Command()}, tmp_path / "training_args.bin")
+    with pytest.raises(ValueError, match="cannot be read .*print"):
+        read_training_settings(tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(pickle.dumps(1)[:-1])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_training_settings(tmp_path)
+    assert "this must not run" not in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""`trl-personal eval`: whether users gain from their own soft prompts."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+from rich.console import Console
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_quantization_config
+
+from ..evaluate_model import ModelEvaluation, evaluate_model
+from ..personalization_report import personalization_table
+from .model_folder import check_model_name
+from .preferences import Splits, load_preferences, select_split
+
+
+TEST = "test"
+
+
+def run_eval(arguments: Namespace) -> None:
+    """Write the verdict and the table to the standard output, and all numbers and pictures to a folder."""
+    for name in (arguments.model, arguments.pooled):
+        if name is not None:
+            check_model_name(name)
+    splits = _load(arguments.dataset_name, arguments.dataset_config)
+    with redirect_stdout(sys.stderr), _bars() as hidden:  # progress is not what was asked for
+        evaluation = evaluate_model(
+            arguments.model,
+            _test_split(splits, arguments.dataset_test_split),
+            train_dataset=_train_split(splits, arguments),
+            ref_model=arguments.ref_model,
+            pooled=arguments.pooled,
+            baselines=[name.strip() for name in arguments.baselines.split(",") if name.strip()],
+            max_steps=arguments.max_steps,
+            opposite_column=arguments.opposite_column,
+            settings={
+                name: value
+                for name in ("beta", "max_length", "user_id_column")
+                if (value := getattr(arguments, name)) is not None
+            },
+            num_generate=arguments.generate,
+            generate_kwargs={"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample},
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            disable_tqdm=hidden,
+            **_loading(arguments),
+        )
+        folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
+        files = evaluation.save(folder)
+    if evaluation.num_dropped:
+        sys.stderr.write(f"{evaluation.num_dropped} pairs are left out: a prompt alone fills `max_length`.\n")
+    sys.stderr.write(f"{', '.join(files)} are in {folder}.\n")
+    _write(evaluation, arguments)
+
+
+@contextmanager
+def _bars() -> Iterator[bool]:
+    """Progress bars only where somebody looks; gives whether they are hidden."""
+    hidden, shown_before = not sys.stderr.isatty(), is_progress_bar_enabled()
+    if hidden:
+        disable_progress_bars()
+    try:
+        yield hidden
+    finally:
+        if shown_before:
+            enable_progress_bars()
+
+
+def _load(name: str, config: str | None) -> Splits:
+    return load_preferences(ScriptArguments(dataset_name=name, dataset_config=config), DatasetMixtureConfig())
+
+
+def _test_split(splits: Splits, name: str | None) -> Dataset:
+    """The split that was named, `test`, or the only one."""
+    if name is None and TEST not in splits and len(splits) == 1:
+        name = next(iter(splits))
+    return _rows(select_split(splits, name or TEST, TEST))
+
+
+def _train_split(splits: Splits, arguments: Namespace) -> Dataset | None:
+    """The pairs of the training, if baselines need them; not those to be scored."""
+    if not arguments.baselines:
+        return None
+    if arguments.train_dataset is not None:
+        found = _load(arguments.train_dataset, None)
+        return _rows(select_split(found, arguments.dataset_train_split, "train"))
+    name = arguments.dataset_train_split
+    return _rows(splits[name]) if name in splits and len(splits) > 1 else None
+
+
+def _rows(split: Any) -> Dataset:
+    return split if isinstance(split, Dataset) else Dataset.from_list(list(split))
+
+
+def _loading(arguments: Namespace) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that were asked for."""
+    quantization = ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=arguments.dtype)
+    if arguments.load_in_4bit and arguments.dtype == "auto":
+        quantization.dtype = "bfloat16"
+    options = {
+        "dtype": None if arguments.dtype == "auto" else arguments.dtype,
+        "device_map": arguments.device_map,
+        "quantization_config": get_quantization_config(quantization),
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _write(evaluation: ModelEvaluation, arguments: Namespace) -> None:
+    if arguments.format == "json":
+        found = evaluation.to_dict()
+        if not arguments.list_users:
+            del found["users"], found["samples"]
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return
+    Console().print(personalization_table(evaluation.report, arguments.list_users))
+    if evaluation.answers:
+        drifts = [row["length_drift"] for row in evaluation.answers if row["user_id"] is not None]
+        text = (
+            f"{sum(drifts) / len(drifts):+.1f} (from {min(drifts):+.1f} to {max(drifts):+.1f})"
+            if drifts
+            else "no known user"
+        )
+        sys.stdout.write(f"Length of answers in words, own minus reference, mean of users: {text}.\n")
