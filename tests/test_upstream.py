@@ -13,6 +13,7 @@ from trl_personal import PersonalizedDPOTrainer
 
 
 OVERRIDDEN = [
+    "_prepare_dataset",
     "_precompute_ref_logps",
     "_load_best_model",
     "_load_from_checkpoint",

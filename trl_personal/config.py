@@ -6,6 +6,7 @@ from trl import DPOConfig
 
 from .user_models import get_user_model_class
 from .user_models.initialization import SOFT_PROMPT_INITS
+from .user_profile import USER_PROFILE_TEMPLATE, check_user_profile_template
 
 
 @dataclass
@@ -32,6 +33,11 @@ class PersonalizedDPOConfig(DPOConfig):
             Weight of the user's term in the loss; the generic user's term has the rest.
         user_id_column (`str`, *optional*, defaults to `"user_id"`):
             Column with the user of each pair, text or integers. `None` is the generic user.
+        user_profile_column (`str`, *optional*):
+            Column with text about the user of each pair (`None`: nothing is known). It is put into the prompt of the user's
+            term, and stays out of the generic term and the reference. `max_length` does not count it.
+        user_profile_template (`str`, *optional*, defaults to `"User profile: {profile}"`):
+            How a profile reads in the prompt: the system turn of a conversation, the first line of a text.
         user_learning_rate (`float`, *optional*):
             Learning rate of the user model; the language model's `learning_rate` if not set.
     """
@@ -61,6 +67,16 @@ class PersonalizedDPOConfig(DPOConfig):
         default=0.5, metadata={"help": "Weight of the user's term in the loss; the generic user's term has the rest."}
     )
     user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each pair."})
+    user_profile_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with text about the user of each pair, put into the prompt of the user's term only."
+        },
+    )
+    user_profile_template: str = field(
+        default=USER_PROFILE_TEMPLATE,
+        metadata={"help": "How a profile reads in the prompt; `{profile}` is where it goes."},
+    )
     user_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if not set."}
     )
@@ -81,6 +97,7 @@ class PersonalizedDPOConfig(DPOConfig):
                 '`soft_prompt_init_text` and `soft_prompt_init="text"` go together: set both, or neither '
                 f"(got {self.soft_prompt_init!r} and {self.soft_prompt_init_text!r})."
             )
+        check_user_profile_template(self.user_profile_template)
         if self.user_learning_rate is not None and self.user_learning_rate < 0:
             raise ValueError(f"`user_learning_rate` must not be negative, got {self.user_learning_rate}.")
 
