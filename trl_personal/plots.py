@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 
 PREFERENCE_COLORS = {"longer": "#0072B2", "shorter": "#D55E00"}  # told apart by colour-blind readers too
+PROMPT_COLORS = {"own": "#0072B2", "generic": "#7F7F7F", "opposite": "#D55E00"}
 OTHER_COLOR = "#7F7F7F"
 
 
@@ -68,3 +69,38 @@ def _add_legend(axes: Axes) -> None:
     first = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry for each label
     order = sorted(first, key=labels.index)
     axes.legend([first[label] for label in order], order, frameon=False, fontsize=8, loc="upper right")
+
+
+def plot_accuracy_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Write a bar chart of pair accuracy by user to `path`, in the format of its ending: with the user's own prompt, the generic
+    user's, and that of a user who prefers the opposite.
+
+    Args:
+        path (`str` or `Path`): File to write; its folder must exist.
+        rows (`Sequence[Mapping]`): For each user `user_id`, `preference` (or `None`), `accuracy_own`, `accuracy_generic` and
+            `accuracy_swapped`, as from [`~user_report.summarize_users`].
+
+    Raises:
+        `ValueError`: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("There is nobody to draw: `rows` is empty.")
+    figure = Figure(figsize=(max(5.0, 1.5 + 0.85 * len(rows)), 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    columns = ("accuracy_own", "accuracy_generic", "accuracy_swapped")
+    for shift, (label, column) in zip((-0.27, 0.0, 0.27), zip(PROMPT_COLORS, columns, strict=True), strict=True):
+        positions = [position + shift for position in range(len(rows))]
+        axes.bar(
+            positions, [row[column] for row in rows], width=0.25, color=PROMPT_COLORS[label], label=f"{label} prompt"
+        )
+    axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    names = [f"{row['user_id']}\n{row['preference']}" if row["preference"] else row["user_id"] for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylabel("pair accuracy")
+    axes.set_ylim(0, 1.15)
+    axes.set_title("Accuracy on held-out pairs by user", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
+    figure.savefig(path)

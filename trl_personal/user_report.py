@@ -43,7 +43,8 @@ def summarize_users(
     A row of numbers for each user, and what they come to; ready for JSON. Lengths are in words.
 
     Args:
-        dataset (`Dataset`): The pairs of the evaluations, with `user_id`, `preference` and `chosen`.
+        dataset (`Dataset`): The pairs of the evaluations, with `user_id`, `preference` and `chosen`. If users conflict within
+            groups only, `dimension` names the group of each pair.
         own (`Mapping`): What [`evaluate_by_user`] returns,
         swapped (`Mapping`): ... with the soft prompts of users of another preference,
         vanilla (`Mapping`): ... for a model without users.
@@ -56,6 +57,10 @@ def summarize_users(
         answers of all users to each prompt.
     """
     preferences = dict(zip(dataset["user_id"], dataset["preference"], strict=True))
+    dimensions = dataset["dimension"] if "dimension" in dataset.column_names else [""] * len(dataset)
+    frequencies: dict[str, Counter[str]] = {dimension: Counter() for dimension in dimensions}
+    for dimension, preference in zip(dimensions, dataset["preference"], strict=True):
+        frequencies[dimension][preference] += 1
     chosen: dict[str, list[int]] = {user_id: [] for user_id in preferences}
     for user_id, text in zip(dataset["user_id"], dataset["chosen"], strict=True):
         chosen[user_id].append(count_words(text))
@@ -82,7 +87,7 @@ def summarize_users(
             for preference in sorted(set(preferences.values()))
         },
         "vanilla_accuracy": sum(correct) / len(dataset),
-        "majority_share": max(Counter(dataset["preference"]).values()) / len(dataset),
+        "majority_share": sum(max(counts.values()) for counts in frequencies.values()) / len(dataset),
         "samples": [
             {"prompt": prompt, "answers": {user_id or GENERIC_USER: texts[i] for user_id, texts in answers.items()}}
             for i, prompt in enumerate(prompts)
