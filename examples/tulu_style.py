@@ -3,7 +3,7 @@ Six users of three style dimensions who conflict in pairs: plain or expert, shor
 
 A small Llama from scratch on made-up questions; nothing to download, minutes on two CPU cores:
 
-    accelerate launch examples/tulu_style.py --output_dir out
+    accelerate launch examples/tulu_style.py
 
 The paper's run (Tulu 7B, Personalized Soups, LoRA) through the Hub, here with 4-bit weights:
 
@@ -11,10 +11,9 @@ The paper's run (Tulu 7B, Personalized Soups, LoRA) through the Hub, here with 4
 
 The small Llama on your own rows, in the schema of the paper's `allcombo_8_cleaned.json`; texts are longer there:
 
-    accelerate launch examples/tulu_style.py --dataset_path rows.json --test_size 0.2 --max_length 512 --output_dir out
+    accelerate launch examples/tulu_style.py --dataset_path rows.json --test_size 0.2 --max_length 512
 
-Each run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the personalized model, `results.json`
-with every number, and `accuracy_by_user.png`.
+Each run trains P-DPO, then vanilla DPO with the same budget, and leaves the personalized model, `results.json` and a picture.
 """
 
 import copy
@@ -41,10 +40,10 @@ SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "output_dir": "tulu_style",
     "bf16": torch.cuda.is_available(),
     "gradient_checkpointing": False,
-    "max_steps": 150,
+    "max_steps": 80,
     "per_device_eval_batch_size": 30,
     "learning_rate": 1e-4,
-    "user_learning_rate": 3e-2,
+    "user_learning_rate": 5e-3,
     "beta": 0.5,
     "max_length": 128,
     "save_strategy": "no",
@@ -56,10 +55,11 @@ class ScriptArguments:
     dataset_path: str | None = field(
         default=None, metadata={"help": "Personalized Soups: a file, or a set on the Hub."}
     )
+    prompt_template: str = field(default="{prompt}\n", metadata={"help": "How prompts of `dataset_path` read."})
     test_size: float | None = field(
         default=None, metadata={"help": "Share of prompts to test on, if there is no split."}
     )
-    sft_steps: int = field(default=600, metadata={"help": "Warm-up steps of the small model."})
+    sft_steps: int = field(default=500, metadata={"help": "Warm-up steps of the small model."})
     num_prompts: int = field(default=10, metadata={"help": "Unseen questions that every user gets an answer to."})
     max_new_tokens: int = field(default=60, metadata={"help": "Longest answer."})
     top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens to sample answers from."})
@@ -82,22 +82,14 @@ def warm_up(dataset, script_args, training_args):
         vocab_size=len(tokenizer),
         max_position_embeddings=training_args.max_length + training_args.num_virtual_tokens,
         **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
-        tie_word_embeddings=True,
-        initializer_range=0.08,  # for this width
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{"tie_word_embeddings": True, "initializer_range": 0.08},  # the range for this width
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
     same = ("bf16", "gradient_checkpointing", "max_length", "save_strategy", "seed")
-    args = SFTConfig(
-        f"{training_args.output_dir}/warmed_up",
-        max_steps=script_args.sft_steps,
-        learning_rate=5e-3,
-        warmup_steps=20,
-        **{name: getattr(training_args, name) for name in same},
-    )
-    dataset, model = Dataset.from_list(rows), LlamaForCausalLM(config)
-    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    options = {name: getattr(training_args, name) for name in same} | {"learning_rate": 5e-3, "warmup_steps": 20}
+    args = SFTConfig(f"{training_args.output_dir}/warmed_up", max_steps=script_args.sft_steps, **options)
+    inputs = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer = SFTTrainer(LlamaForCausalLM(config), args=args, **inputs)
     trainer.train()
     trainer.save_model()
     return args.output_dir
@@ -107,11 +99,11 @@ def main(script_args, training_args, model_args):
     start, output_dir, console = time.time(), Path(training_args.output_dir), Console()
     disable_progress_bars()
     set_seed(training_args.seed)
-    path = script_args.dataset_path
-    dataset = (
-        load_psoups(path, test_size=script_args.test_size) if path else make_style_preferences(seed=training_args.seed)
-    )
+    path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
+    dataset = load_psoups(path, test_size=size) if path else make_style_preferences(seed=seed)
     dataset = dataset.map(lambda row: {"preference": STYLES[row["user_id"]], "dimension": row["user_id"][:2]})
+    if path:
+        dataset = dataset.map(lambda row: {"prompt": script_args.prompt_template.format(prompt=row["prompt"])})
     test, users = dataset["test"], sorted(set(dataset["train"]["user_id"]))
     model = model_args.model_name_or_path or warm_up(dataset["train"], script_args, training_args)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -138,7 +130,7 @@ def main(script_args, training_args, model_args):
 
     if not trainer.is_world_process_zero():
         return
-    run = {**describe_run(), "seed": training_args.seed, "wall_seconds": round(time.time() - start, 1)}
+    run = {**describe_run(), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
     summary = summarize_users(test, own, swapped, vanilla, prompts, answers)
     (output_dir / "results.json").write_text(json.dumps({**run, **summary}, indent=2))
     plot_accuracy_by_user(output_dir / "accuracy_by_user.png", summary["users"])

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 PREFERENCE_COLORS = {"longer": "#0072B2", "shorter": "#D55E00"}  # told apart by colour-blind readers too
 PROMPT_COLORS = {"own": "#0072B2", "generic": "#7F7F7F", "opposite": "#D55E00"}
+ACCURACIES = {"own": "accuracy_own", "generic": "accuracy_generic", "opposite": "accuracy_swapped"}
+MOST_BARS = 40  # users with a bar each; more are drawn as lines
 OTHER_COLOR = "#7F7F7F"
 
 
@@ -74,7 +76,7 @@ def _add_legend(axes: Axes) -> None:
 def plot_accuracy_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     Write a bar chart of pair accuracy by user to `path`, in the format of its ending: with the user's own prompt, the generic
-    user's, and that of a user who prefers the opposite.
+    user's, and that of a user who prefers the opposite. More than 40 users become three lines, each sorted by itself.
 
     Args:
         path (`str` or `Path`): File to write; its folder must exist.
@@ -86,21 +88,33 @@ def plot_accuracy_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]]) -
     """
     if not rows:
         raise ValueError("There is nobody to draw: `rows` is empty.")
-    figure = Figure(figsize=(max(5.0, 1.5 + 0.85 * len(rows)), 4.2), dpi=150, layout="constrained")
+    many = len(rows) > MOST_BARS
+    width = 8.0 if many else max(5.0, 1.5 + 0.85 * len(rows))
+    figure = Figure(figsize=(width, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    columns = ("accuracy_own", "accuracy_generic", "accuracy_swapped")
-    for shift, (label, column) in zip((-0.27, 0.0, 0.27), zip(PROMPT_COLORS, columns, strict=True), strict=True):
-        positions = [position + shift for position in range(len(rows))]
-        axes.bar(
-            positions, [row[column] for row in rows], width=0.25, color=PROMPT_COLORS[label], label=f"{label} prompt"
-        )
+    (_draw_sorted if many else _draw_bars)(axes, rows)
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    names = [f"{row['user_id']}\n{row['preference']}" if row["preference"] else row["user_id"] for row in rows]
-    axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.set_ylabel("pair accuracy")
     axes.set_ylim(0, 1.15)
     axes.set_title("Accuracy on held-out pairs by user", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     figure.savefig(path)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    for shift, (label, column) in zip((-0.27, 0.0, 0.27), ACCURACIES.items(), strict=True):
+        positions = [position + shift for position in range(len(rows))]
+        axes.bar(
+            positions, [row[column] for row in rows], width=0.25, color=PROMPT_COLORS[label], label=f"{label} prompt"
+        )
+    names = [f"{row['user_id']}\n{row['preference']}" if row["preference"] else row["user_id"] for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+
+
+def _draw_sorted(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    for label, column in ACCURACIES.items():
+        values = sorted((row[column] for row in rows), reverse=True)
+        axes.step(range(len(rows)), values, where="mid", color=PROMPT_COLORS[label], label=f"{label} prompt")
+    axes.set_xlabel(f"{len(rows)} users, each line from best to worst")
