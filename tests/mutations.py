@@ -128,8 +128,8 @@ MUTATIONS = [
     Mutation(
         "user column dropped as unused",
         "trainer.py",
-        "columns.append(self.args.user_id_column)",
-        "pass",
+        "columns.extend([self.args.user_id_column, USER_PROMPT_IDS])",
+        "columns.extend([USER_PROMPT_IDS])",
         ("collator",),
     ),
     # --- User models
@@ -510,8 +510,8 @@ MUTATIONS = [
     Mutation(
         "position of the soft prompt not loaded",
         "modeling.py",
-        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"))',
-        "attach_user_model(model, user_model, user_vocab)",
+        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)',
+        "attach_user_model(model, user_model, user_vocab, None, template)",
         ("checkpoints",),
     ),
     Mutation(
@@ -700,8 +700,8 @@ MUTATIONS = [
     Mutation(
         "users given to the reference",
         "trainer.py",
-        'inputs = _without(inputs, "user_indices")',
-        "inputs = dict(inputs)",
+        "        inputs = _without_users(inputs)\n        if",
+        "        inputs = dict(inputs)\n        if",
         ("loss",),
     ),
     Mutation(
@@ -743,15 +743,15 @@ MUTATIONS = [
     Mutation(
         "ld_alpha ignored in the evaluation of users",
         "trainer.py",
-        "            self.ld_alpha,\n        )\n        return",
-        "            None,\n        )\n        return",
+        "            self.ld_alpha,\n        )\n",
+        "            None,\n        )\n",
         ("core_details",),
     ),
     Mutation(
         "a tie counts as right",
         "trainer.py",
-        "return (margins > 0).float()",
-        "return (margins >= 0).float()",
+        "{name: (values > 0).float()",
+        "{name: (values >= 0).float()",
         ("core_details",),
     ),
     Mutation(
@@ -863,7 +863,7 @@ MUTATIONS = [
     Mutation(
         "positions of the soft prompt not counted",
         "trainer.py",
-        "if length + self.args.num_virtual_tokens > num_positions:",
+        "if length + extra > num_positions:",
         "if length > num_positions:",
         ("bad_input",),
     ),

@@ -15,6 +15,7 @@ from .user_models import (
     UserModelConfig,
     register_user_model,
 )
+from .user_profile import render_user_profile
 from .users import GENERIC_USER_INDEX, UserVocab
 
 
@@ -36,4 +37,5 @@ __all__ = [
     "attach_user_model",
     "detach_user_model",
     "register_user_model",
+    "render_user_profile",
 ]

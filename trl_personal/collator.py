@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .prefix_sharing import PairPacker
+from .user_profile import USER_PROMPT_IDS, truncate_like_plain
 from .users import UserVocab
 
 
@@ -21,7 +22,14 @@ class DataCollatorForPersonalizedPreference:
         user_vocab ([`UserVocab`]): Rows of the known users.
         user_id_column (`str`, *optional*, defaults to `"user_id"`): Where an example has its user. A missing or `None` user
             is the generic user, and so is one who is not in `user_vocab`.
+        row_collator (`Callable`, *optional*): The same as `collator`, without truncation. Needed for profiles only.
+        max_length (`int`, *optional*): That of `collator`.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`): That of `collator`.
         packer ([`~prefix_sharing.PairPacker`], *optional*): Adds `packed_pairs` where it pays to share prompts.
+
+    Examples with `user_prompt_ids`, the prompt with the user's profile in it, also come as `user_input_ids`,
+    `user_attention_mask` and `user_completion_mask`, LongTensor `(2 * batch, user_seq_len)`: the same rows with the other
+    prompt, and with exactly the answer tokens that `collator` keeps.
 
     ```python
     >>> from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -45,13 +53,29 @@ class DataCollatorForPersonalizedPreference:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     user_vocab: UserVocab
     user_id_column: str = "user_id"
+    row_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
     packer: PairPacker | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = self.user_vocab.encode([example.get(self.user_id_column) for example in examples])
         batch = self.collator(examples)
         batch["user_indices"] = torch.tensor(rows).repeat(2)  # the batch is [chosen; rejected]
-        packed = None if self.packer is None else self.packer(batch)
-        if packed is not None:
-            batch["packed_pairs"] = packed
-        return batch
+        with_profiles = self._rows_with_profiles(examples) if USER_PROMPT_IDS in examples[0] else {}
+        for prefix, rows_of in ("", batch), ("user_", with_profiles):
+            packed = self.packer(rows_of) if self.packer is not None and rows_of else None
+            if packed is not None:
+                batch[f"{prefix}packed_pairs"] = packed
+        return batch | {f"user_{name}": values for name, values in with_profiles.items()}
+
+    def _rows_with_profiles(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = []
+        for completion in ("chosen_ids", "rejected_ids"):
+            for example in examples:
+                prompt, answer = truncate_like_plain(example, completion, self.max_length, self.truncation_mode)
+                # each row comes as a pair of its own, since the two rows of a pair may lose different ends of the prompt
+                rows.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": []})
+        batch = (self.row_collator or self.collator)(rows)
+        names = ("input_ids", "attention_mask", "completion_mask")
+        return {name: batch[name][: len(rows)] for name in names}

@@ -6,6 +6,7 @@ from trl import DPOConfig
 
 from .user_models import get_user_model_class
 from .user_models.initialization import SOFT_PROMPT_INITS
+from .user_profile import USER_PROFILE_TEMPLATE, check_user_profile_template
 
 
 GENERIC_TERMS = ("exact", "sampled")
@@ -43,6 +44,11 @@ class PersonalizedDPOConfig(DPOConfig):
             for batches where it saves time), `"always"` or `"never"`.
         user_id_column (`str`, *optional*, defaults to `"user_id"`):
             Column with the user of each pair, text or integers. `None` is the generic user.
+        user_profile_column (`str`, *optional*):
+            Column with text about the user of each pair (`None`: nothing is known). It is put into the prompt of the user's
+            term, and stays out of the generic term and the reference. `max_length` does not count it.
+        user_profile_template (`str`, *optional*, defaults to `"User profile: {profile}"`):
+            How a profile reads in the prompt: the system turn of a conversation, the first line of a text.
         user_learning_rate (`float`, *optional*):
             Learning rate of the user model; the language model's `learning_rate` if not set.
     """
@@ -87,6 +93,16 @@ class PersonalizedDPOConfig(DPOConfig):
         },
     )
     user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each pair."})
+    user_profile_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with text about the user of each pair, put into the prompt of the user's term only."
+        },
+    )
+    user_profile_template: str = field(
+        default=USER_PROFILE_TEMPLATE,
+        metadata={"help": "How a profile reads in the prompt; `{profile}` is where it goes."},
+    )
     user_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if not set."}
     )
@@ -102,6 +118,11 @@ class PersonalizedDPOConfig(DPOConfig):
             get_user_model_class(self.user_model_kind)
         if self.soft_prompt_init not in SOFT_PROMPT_INITS:
             raise ValueError(f"`soft_prompt_init` must be one of {SOFT_PROMPT_INITS}, got {self.soft_prompt_init!r}.")
+        if self.generic_term == "sampled" and self.user_profile_column is not None:
+            raise ValueError(
+                '`generic_term="sampled"` cannot be combined with `user_profile_column`: the two terms read different '
+                'prompts. Use "exact", or train without profiles.'
+            )
         for name, choices in (("generic_term", GENERIC_TERMS), ("share_prefix", SHARE_PREFIX)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -110,6 +131,7 @@ class PersonalizedDPOConfig(DPOConfig):
                 '`soft_prompt_init_text` and `soft_prompt_init="text"` go together: set both, or neither '
                 f"(got {self.soft_prompt_init!r} and {self.soft_prompt_init_text!r})."
             )
+        check_user_profile_template(self.user_profile_template)
         if self.user_learning_rate is not None and self.user_learning_rate < 0:
             raise ValueError(f"`user_learning_rate` must not be negative, got {self.user_learning_rate}.")
 

@@ -50,7 +50,11 @@ def is_personalized(model: nn.Module) -> bool:
 
 
 def attach_user_model(
-    model: nn.Module, user_model: UserModel, user_vocab: UserVocab, bos_token_id: int | None = None
+    model: nn.Module,
+    user_model: UserModel,
+    user_vocab: UserVocab,
+    bos_token_id: int | None = None,
+    user_profile_template: str | None = None,
 ) -> None:
     """
     Make `model` (a causal LM, or a `PeftModel` around one) a model with users, in place:
@@ -68,6 +72,8 @@ def attach_user_model(
         user_vocab (`UserVocab`): Whose rows they are.
         bos_token_id (`int`, *optional*): Rows that start with this token get the soft prompt after it. Defaults to the
             model config's.
+        user_profile_template (`str`, *optional*): How profiles read in the prompts it was trained on, for
+            [`render_user_profile`]; kept as `model.user_profile_template`.
 
     Raises:
         `ValueError`: if the model has a user model already, is no decoder-only language model, or does not fit the
@@ -82,6 +88,7 @@ def attach_user_model(
     weight = causal_lm.get_input_embeddings().weight
     causal_lm.add_module("user_model", user_model.to(weight.device))
     causal_lm.user_vocab = user_vocab
+    causal_lm.user_profile_template = user_profile_template
     causal_lm._soft_prompt_insertion = SoftPromptInsertion(causal_lm, bos_token_id)
     # transformers leaves these keys out of the LM's files, and does not miss them when it loads a checkpoint
     causal_lm._keys_to_ignore_on_save = set(causal_lm._keys_to_ignore_on_save or ()) | _user_model_keys(user_model)
@@ -103,7 +110,7 @@ def detach_user_model(model: nn.Module) -> tuple[UserModel, UserVocab]:
     user_model, user_vocab = causal_lm.user_model, causal_lm.user_vocab
     causal_lm._soft_prompt_insertion.remove()
     causal_lm._keys_to_ignore_on_save -= _user_model_keys(user_model)
-    for name in ("user_model", "user_vocab", "_soft_prompt_insertion"):
+    for name in ("user_model", "user_vocab", "user_profile_template", "_soft_prompt_insertion"):
         delattr(causal_lm, name)
     for module in {id(m): m for m in (causal_lm, model)}.values():
         module.__class__ = type(module).__bases__[1]
@@ -159,6 +166,7 @@ class PersonalizedGeneration(PersonalizedSaving):
 
     user_model: UserModel
     user_vocab: UserVocab
+    user_profile_template: str | None
     _soft_prompt_insertion: SoftPromptInsertion
 
     def generate(
@@ -184,9 +192,16 @@ class PersonalizedGeneration(PersonalizedSaving):
             As in transformers: the prompt ids and the new tokens. Virtual tokens do not show.
 
         Raises:
-            `ValueError`: if `user_ids` is a list of another length than the batch.
+            `ValueError`: if `user_ids` is a list of another length than the batch, or for `user_profiles`: a profile goes
+            into the text, with [`render_user_profile`], before that becomes ids.
         """
         generate = super().generate  # type: ignore[misc]
+        if "user_profiles" in kwargs:
+            raise ValueError(
+                "`generate` gets token ids, and a profile belongs into the text. Put it there before the tokenizer: "
+                "`render_user_profile(prompt, profile, model.user_profile_template)`. (`answers_by_user` and `trl-personal "
+                "generate` take profiles themselves.)"
+            )
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("`generate` for users needs `input_ids`: without text there is no row to put a user in.")
@@ -283,7 +298,8 @@ class AutoPersonalizedModelForCausalLM:
         user_model, user_vocab, config = load_user_model(folder)
         model = load_language_model(name, **kwargs)
         check_fingerprints(folder.parent, config)
-        attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"))
+        template = config.get("user_profile_template")
+        attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)
         return model
 
 
@@ -369,11 +385,13 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
     """
     causal_lm = get_causal_lm(model)
     folder = directory / USER_MODEL_FOLDER
+    template = causal_lm.user_profile_template
     causal_lm.user_vocab.save_pretrained(folder)
     causal_lm.user_model.save_files(
         folder,
         state_dict,
         bos_token_id=causal_lm._soft_prompt_insertion.bos_token_id,
+        **({"user_profile_template": template} if template is not None else {}),
         language_model_files={name: fingerprint(directory / name) for name in sorted(weight_files(directory))},
     )
 

@@ -21,6 +21,7 @@ from datasets import (
     load_from_disk,
 )
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -33,7 +34,8 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DPOConfig, DPOTrainer, SyncRefModelCallback
+from trl import DPOConfig, DPOTrainer, SyncRefModelCallback, maybe_extract_prompt
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizedDPOConfig
@@ -63,6 +65,16 @@ from .user_column import check_user_column, collect_users, iterate_user_ids
 from .user_models import UserModel, get_user_model_class
 from .user_models.initialization import soft_prompt_drawer
 from .user_models.memory import warn_if_large
+from .user_profile import (
+    PLAIN_PROMPT,
+    USER_CHOSEN_IDS,
+    USER_PROMPT_IDS,
+    USER_REJECTED_IDS,
+    check_profile_column,
+    check_user_prompt,
+    with_profile,
+    without_profile,
+)
 from .users import GENERIC_USER_INDEX, UserVocab
 
 
@@ -167,11 +179,18 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 _check_settings(args, known[0], "the user model in `model`")
             user_model, vocab = _choose_users(args, train_dataset, user_vocab, user_model, known)
             _check_eval_users(args, eval_dataset)
+            if args.user_profile_column is not None and compute_metrics is not None:
+                raise ValueError(
+                    "`compute_metrics` gets the tokens of prompts without profiles, which the logits do not match. Leave out "
+                    "`compute_metrics`, or `user_profile_column`."
+                )
             checkpointing = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
             if checkpointing.get("use_reentrant") and args.ddp_static_graph is None:
                 args.ddp_static_graph = True  # DDP refuses two policy passes before a backward pass otherwise
         elif user_model is not None or user_vocab is not None:
             raise ValueError('`user_model` and `user_vocab` need a `user_model_kind` other than "none".')
+        elif args.user_profile_column is not None:
+            logger.warning("Plain DPO has no term of the user, so `user_profile_column` is ignored.")
 
         super().__init__(
             model=model,
@@ -199,12 +218,21 @@ class PersonalizedDPOTrainer(DPOTrainer):
         if user_model is None:
             user_model = self._new_user_model(len(user_vocab))
         bos_token_id = self._tokenizer.bos_token_id
-        attach_user_model(self.model, user_model.float().requires_grad_(True), user_vocab, bos_token_id)
+        template = None if self.args.user_profile_column is None else self.args.user_profile_template
+        attach_user_model(self.model, user_model.float().requires_grad_(True), user_vocab, bos_token_id, template)
         self.user_model, self.user_vocab = user_model, user_vocab
         self._user_accuracy = UserAccuracy()
         if not isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
+            collator = row_collator = self.data_collator
+            if isinstance(collator, DataCollatorForPreference):
+                row_collator = replace(collator, max_length=None)
             self.data_collator = DataCollatorForPersonalizedPreference(
-                self.data_collator, user_vocab, self.args.user_id_column
+                collator,
+                user_vocab,
+                self.args.user_id_column,
+                row_collator,
+                self.args.max_length,
+                self.args.truncation_mode,
             )
         self._share_prefixes()
         self.data_collator.packer = self._packer
@@ -277,28 +305,66 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 f"No row of the train dataset is left: each prompt alone fills `max_length` ({self.args.max_length}). "
                 "Raise `max_length`, or shorten the prompts."
             )
+        if self._is_vision_dataset and self.args.user_profile_column is not None:
+            raise ValueError("`user_profile_column` does not work with images yet. Put the profiles into the prompts.")
         num_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if num_positions is None or self.args.max_length is None or self._is_vision_dataset:
             return
         length = self.args.max_length
+        profile_length = 0  # of the longest profile
+        if self.args.user_profile_column is not None and isinstance(self.train_dataset, Dataset):
+            rows = self.train_dataset.select_columns(["prompt_ids", USER_PROMPT_IDS])
+            profile_length = max(len(row[USER_PROMPT_IDS]) - len(row["prompt_ids"]) for row in rows)
         if length > num_positions and isinstance(self.train_dataset, Dataset):
             length = max(  # `max_length` is a default, most likely: look at the rows
                 len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
                 for row in self.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
             )
             length = min(length, self.args.max_length)
-        if length + self.args.num_virtual_tokens > num_positions:
+        extra = self.args.num_virtual_tokens + profile_length
+        if length + extra > num_positions:
+            profiles = f", and {profile_length} for a profile" if profile_length else ""
             raise ValueError(
                 f"The model has {num_positions} positions, but a row can need {length} for text and "
-                f"{self.args.num_virtual_tokens} for the soft prompt. Set `max_length` to "
-                f"{num_positions - self.args.num_virtual_tokens} or less, or use fewer `num_virtual_tokens`."
+                f"{self.args.num_virtual_tokens} for the soft prompt{profiles}. Set `max_length` to "
+                f"{num_positions - extra} or less, or use fewer `num_virtual_tokens`."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[assignment]
         if self.user_model is not None and self.args.user_id_column not in columns:
-            columns.append(self.args.user_id_column)
+            columns.extend([self.args.user_id_column, USER_PROMPT_IDS])
+
+    def _prepare_dataset(
+        self, dataset: AnyDataset, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> AnyDataset:
+        """As in TRL; with `user_profile_column`, each row also gets `user_prompt_ids`, by TRL's own tokenization."""
+        prepare, args = super()._prepare_dataset, PersonalizedDPOConfig.from_dpo_config(args)
+        column = args.user_profile_column
+        if column is None or args.user_model_kind == "none":
+            return prepare(dataset, processing_class, args, dataset_name)
+        options: dict[str, Any] = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        whole_rows = copy.copy(args)
+        whole_rows.max_length = None  # no row is dropped for the length of its profile
+        with args.main_process_first():
+            dataset = dataset.map(maybe_extract_prompt, **options)
+            render = {"column": column, "template": args.user_profile_template, "bos_token": self._tokenizer.bos_token}
+            dataset = dataset.map(with_profile, fn_kwargs=render, **options)
+        try:
+            dataset = prepare(dataset, processing_class, whole_rows, f"{dataset_name} (with profiles)")
+        except TemplateError as error:
+            raise ValueError(
+                f"The chat template refuses a system turn, which is where a profile goes ({error}). Use another chat "
+                "template, or put the profile into the first message yourself."
+            ) from error
+        with args.main_process_first():
+            dataset = dataset.map(without_profile, **options)
+        dataset = prepare(dataset, processing_class, args, dataset_name)
+        with args.main_process_first():
+            limits = {"column": column, "max_length": args.max_length}
+            dataset = dataset.map(check_user_prompt, fn_kwargs=limits, **options)
+        return dataset.remove_columns([PLAIN_PROMPT, USER_CHOSEN_IDS, USER_REJECTED_IDS])
 
     def _user_group(self, user_model: UserModel) -> dict[str, Any]:
         group: dict[str, Any] = {"params": list(user_model.parameters()), "weight_decay": 0.0}
@@ -350,7 +416,8 @@ class PersonalizedDPOTrainer(DPOTrainer):
         if self.user_model is None or not self._has_two_backward_passes():
             return super().training_step(model, inputs, *args, **kwargs)
         model.train()
-        with self._reference_in_batch(self._prepare_inputs(inputs)) as inputs:
+        inputs = self._with_checked_packing(model, self._prepare_inputs(inputs))
+        with self._reference_in_batch(inputs) as inputs:
             with self._only("user"), self.accelerator.no_sync(model):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             with self._only("generic"):
@@ -376,7 +443,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """As in TRL. The reference policy does not see users."""
-        inputs = _without(inputs, "user_indices")
+        inputs = _without_users(inputs)
         if self._packs_reference and self._packer is not None:
             packed = self._packer(inputs)
             inputs |= {} if packed is None else {"packed_pairs": packed}
@@ -405,10 +472,12 @@ class PersonalizedDPOTrainer(DPOTrainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         alpha = self.args.personalization_alpha
         loss, outputs = 0.0, None
+        inputs, user_prompts = _take_user_prompts(inputs)
         with self._reference_in_batch(inputs) as inputs:
+            user_inputs = {**_without(inputs, "packed_pairs"), **user_prompts} if user_prompts else inputs
             if self._term != "generic":
                 with self._recorded_log_probs() as recorded:
-                    result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                    result = super().compute_loss(model, user_inputs, return_outputs, num_items_in_batch)
                 user_loss, outputs = result if return_outputs else (result, None)
                 loss = alpha * user_loss
             # training on the users' term alone needs no second pass
@@ -418,7 +487,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
                     generic_loss = super().compute_loss(model, {**inputs, "user_indices": generic_users})
                 loss = loss + (1 - alpha) * generic_loss
             if not self.model.training:
-                self._count_users(model, inputs, recorded[0], recorded_generic[0])
+                self._count_users(model, user_inputs, recorded[0], self._pair_margins(inputs, recorded_generic[0]))
         return (loss, outputs) if return_outputs else loss
 
     def _sampled_users(self, user_indices: Tensor) -> Tensor:
@@ -436,11 +505,11 @@ class PersonalizedDPOTrainer(DPOTrainer):
         if self._packer is not None and not self._packing_is_checked:
             self._packing_is_checked = True
             self._check_packing(model, inputs)
-        return inputs if self._packer is not None else _without(inputs, "packed_pairs")
+        return inputs if self._packer is not None else _without(inputs, "packed_pairs", "user_packed_pairs")
 
     def _check_packing(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Score a batch in two rows a pair and packed, and give up packing if that differs. Each process takes two passes."""
-        packed = PairPacker()(_without(inputs, "packed_pairs"))
+        packed = PairPacker()(_without_users(_without(inputs, "packed_pairs")))
         call = {name: inputs[name] for name in ("input_ids", "attention_mask", "user_indices") if name in inputs}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         was_training = model.training
@@ -511,15 +580,12 @@ class PersonalizedDPOTrainer(DPOTrainer):
             handle.remove()
 
     def _count_users(
-        self, model: nn.Module, inputs: dict[str, Any], log_probs: Tensor, generic_log_probs: Tensor
+        self, model: nn.Module, inputs: dict[str, Any], log_probs: Tensor, generic_margins: Tensor
     ) -> None:
         """Evaluation: how pairs come out with the own soft prompt, the generic one, and that of another user."""
         num_users = len(self.user_vocab or ())
         recorder = self.margin_recorder or MarginRecorder()
-        margins = {
-            "own": self._pair_margins(inputs, log_probs),
-            "generic": self._pair_margins(inputs, generic_log_probs),
-        }
+        margins = {"own": self._pair_margins(inputs, log_probs), "generic": generic_margins}
         if num_users > 1:
             swapped_inputs = {**inputs, "user_indices": recorder.swapped(inputs["user_indices"], num_users)}
             with self._metrics_under(""), self._recorded_log_probs() as recorded:
@@ -553,7 +619,9 @@ class PersonalizedDPOTrainer(DPOTrainer):
             metrics["users/accuracy_mean"] = [accuracy.mean("own")]
             metrics["users/accuracy_worst"] = [accuracy.worst("own")]
             if len(self.user_vocab or ()) > 1:
-                metrics["users/accuracy_swapped"] = [accuracy.mean("swapped")]
+                # a profile stays with its pair, whoever's soft prompt it is scored with: the name says so
+                name = "swapped" if self.args.user_profile_column is None else "swapped_soft_prompt"
+                metrics[f"users/accuracy_{name}"] = [accuracy.mean("swapped")]
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: EvalDatasets | str | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -622,8 +690,19 @@ class PersonalizedDPOTrainer(DPOTrainer):
             card.save(path)
 
 
-def _without(inputs: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != name}
+def _without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in names}
+
+
+def _without_users(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith("user_")}
+
+
+def _take_user_prompts(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A batch without the rows that have profiles in them, and those rows under the names that TRL gives rows."""
+    names = [name for name in inputs if name.startswith("user_") and name != "user_indices"]
+    plain = {name: value for name, value in inputs.items() if name not in names}
+    return plain, {name.removeprefix("user_"): inputs[name] for name in names}
 
 
 def gathered_parameters(module: nn.Module) -> AbstractContextManager[Any]:
@@ -736,6 +815,8 @@ def _vocab_of(
     if not isinstance(train_dataset, (Dataset, IterableDataset)):
         return user_vocab or UserVocab()  # TRL says what is wrong
     check_user_column(train_dataset, args.user_id_column, "train")
+    if args.user_profile_column is not None:
+        check_profile_column(train_dataset, args.user_profile_column, "train")
     if user_vocab is None:
         return collect_users(train_dataset, args.user_id_column)
     if isinstance(train_dataset, Dataset):
@@ -756,6 +837,8 @@ def _check_eval_users(args: PersonalizedDPOConfig, eval_dataset: EvalDatasets | 
         if not isinstance(dataset, (Dataset, IterableDataset)):
             continue
         check_user_column(dataset, args.user_id_column, name)
+        if args.user_profile_column is not None:
+            check_profile_column(dataset, args.user_profile_column, name)
         if isinstance(dataset, Dataset):
             for _ in iterate_user_ids(dataset, args.user_id_column, name):
                 pass  # a bad id raises

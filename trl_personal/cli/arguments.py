@@ -155,6 +155,11 @@ def make_generate_parser() -> ArgumentParser:
     users = parser.add_mutually_exclusive_group()
     users.add_argument("--users", metavar="A,B,...", help="user ids; without them, the generic user")
     users.add_argument("--users_file", metavar="FILE", help="a file with one user id a line")
+    parser.add_argument(
+        "--user_profiles",
+        metavar="FILE.json",
+        help='an object of texts about users, {"id": "text", ...}, for a model trained with profiles',
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     prompts.add_argument(

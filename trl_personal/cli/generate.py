@@ -3,7 +3,7 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from .. import AutoPersonalizedModelForCausalLM
+from ..by_user import as_messages, encode_prompts, with_user_profiles
 from ..trained_folder import processor_name
 from .model_folder import check_model_name
-from .requests import Prompt, read_prompts, read_users
+from .requests import Prompt, read_prompts, read_user_profiles, read_users
 
 
 @dataclass
@@ -36,12 +37,13 @@ def run_generate(arguments: Namespace) -> None:
     """Read prompts and users, load the model, write the answers as they come (jsonl) or at the end (table)."""
     prompts = read_prompts(arguments.prompt, arguments.prompts_file)
     user_ids = read_users(arguments.users, arguments.users_file)
+    profiles = read_user_profiles(arguments.user_profiles)
     check_model_name(arguments.model)
     with _open_output(arguments.output) as output:
         model, tokenizer = load(arguments)
         warn_of_unknown_users(user_ids, model.user_vocab)
         set_seed(arguments.seed)
-        answers = generate(model, tokenizer, prompts, user_ids, arguments)
+        answers = generate(model, tokenizer, prompts, user_ids, profiles, arguments)
         if arguments.format == "jsonl":
             for answer in answers:
                 output.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
@@ -83,22 +85,28 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     user_ids: Sequence[str | None],
+    user_profiles: Mapping[str, str | None],
     arguments: Namespace,
 ) -> Iterator[Answer]:
     """The answers, prompt by prompt and user by user."""
-    rows = [(prompt, user_id) for prompt in prompts for user_id in user_ids]
-    batches = [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
     options = generation_options(arguments) | {"pad_token_id": tokenizer.pad_token_id}
     use_template = tokenizer.chat_template is not None and not arguments.no_chat_template
-    with _progress(len(batches), arguments) as progress:
-        for batch in progress.track(batches, description="Generating"):
-            inputs = encode(tokenizer, [prompt for prompt, _ in batch], use_template).to(model.device)
-            known = [user_id in model.user_vocab for _, user_id in batch]
+    rows = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
+    as_asked = [(user_id, as_messages(prompt) if use_template else prompt) for user_id, prompt in rows]
+    texts = with_user_profiles(model, tokenizer, as_asked, user_profiles)
+    starts = range(0, len(rows), arguments.batch_size)
+    with _progress(len(starts), arguments) as progress:
+        for start in progress.track(starts, description="Generating"):
+            batch = rows[start : start + arguments.batch_size]
+            inputs = encode_prompts(tokenizer, texts[start : start + arguments.batch_size], use_template).to(
+                model.device
+            )
+            known = [user_id in model.user_vocab for user_id, _ in batch]
             # who is unknown was said once; the model would say it in every batch
-            users = [user_id if is_known else None for (_, user_id), is_known in zip(batch, known, strict=True)]
+            users = [user_id if is_known else None for (user_id, _), is_known in zip(batch, known, strict=True)]
             outputs = model.generate(**inputs, user_ids=users, **options)
-            texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for (prompt, user_id), is_known, text in zip(batch, known, texts, strict=True):
+            written = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for (user_id, prompt), is_known, text in zip(batch, known, written, strict=True):
                 yield Answer(user_id, is_known, prompt, text)
 
 
@@ -108,31 +116,6 @@ def _progress(num_batches: int, arguments: Namespace) -> Progress:
     lines_show = arguments.format == "jsonl" and arguments.output is None and sys.stdout.isatty()
     hidden = num_batches == 1 or not console.is_terminal or lines_show
     return Progress(console=console, disable=hidden, redirect_stdout=False, redirect_stderr=False)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], use_template: bool) -> Any:
-    """
-    A batch of prompts, padded on the left. With `use_template`, plain text becomes the first message of a conversation.
-
-    Raises:
-        `ValueError`: if a prompt is a conversation and there is no chat template.
-    """
-    if not use_template:
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(
-                "A prompt is a list of messages, which needs a chat template, but the tokenizer has none, or "
-                "--no_chat_template is set. Give the prompts as text."
-            )
-        return tokenizer(list(prompts), padding=True, return_tensors="pt")
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for prompt in prompts
-    ]
-    return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)  # the template has them
 
 
 def generation_options(arguments: Namespace) -> dict[str, Any]:

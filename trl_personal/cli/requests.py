@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-
-Prompt: TypeAlias = str | list[dict[str, str]]  # text, or the messages of a conversation
+from ..files import read_json
+from ..user_profile import Prompt
 
 
 def read_prompts(prompts: list[str] | None, path: str | None) -> list[Prompt]:
@@ -50,6 +50,21 @@ def read_users(users: str | None, path: str | None) -> list[str | None]:
     if not user_ids and (users is not None or path is not None):
         raise ValueError(f"There is no user id in {path or '--users'}. Leave the option out for the generic user.")
     return list(user_ids) or [None]
+
+
+def read_user_profiles(path: str | None) -> dict[str, str | None]:
+    """
+    Text about users, by their ids, from a JSON object in a file; none without a file.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file. `ValueError`: if it is no JSON object of texts.
+    """
+    if path is None:
+        return {}
+    profiles = read_json(Path(path))
+    if not all(isinstance(text, str | None) for text in profiles.values()):
+        raise ValueError(f"{path} must be a JSON object with a text (or null) for each user id.")
+    return profiles
 
 
 def _read_lines(path: str) -> list[str]:

@@ -25,6 +25,8 @@ USER_PROFILES = {
     "P3B": "Wants unfriendly answers.",
 }
 USERS = tuple(USER_PROFILES)
+# The same in a word, two users for each dimension: expertise, informativeness, tone
+STYLES = dict(zip(USERS, ("plain", "expert", "short", "detailed", "friendly", "unfriendly"), strict=True))
 PREFERENCE_PROMPT = "Generate a response"  # opens the sentence that ends each `user_input` of `rm_training`
 
 # Columns for user, instruction, preferred and other answer: the paper's file, and its copies on the Hub
@@ -93,6 +95,18 @@ def load_psoups(
         filtered=Counter({"a repeated row": repeated} if repeated else {}),
         on_report=on_report,
     )
+
+
+def opposite_style(user_id: str) -> str:
+    """
+    The user who wants the opposite in the same dimension.
+
+    ```python
+    >>> opposite_style("P2A"), opposite_style("P2B")
+    ('P2B', 'P2A')
+    ```
+    """
+    return user_id[:-1] + {"A": "B", "B": "A"}[user_id[-1]]
 
 
 def _find_schema(rows: list[Row], name: str) -> tuple[str, str, str, str]:

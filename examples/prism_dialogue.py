@@ -1,0 +1,152 @@
+"""
+Dialogues with people who say something about themselves: a profile in the prompt, and a soft prompt from ten clusters.
+
+A small Llama from scratch on made-up dialogues; nothing to download, minutes on two CPU cores:
+
+    accelerate launch examples/prism_dialogue.py
+
+The paper's run (Llama-3 8B, PRISM, LoRA) through the Hub, here with 4-bit weights:
+
+    accelerate launch examples/prism_dialogue.py --config examples/configs/prism_dialogue.yaml --load_in_4bit
+
+The small Llama on your own rows: a folder with `survey.jsonl` and `conversations.jsonl` as PRISM has them:
+
+    accelerate launch examples/prism_dialogue.py --dataset_path folder --test_size 0.2 --max_length 512
+
+Each run trains P-DPO, then vanilla DPO with the same budget, scores unseen users too, of whom only the profile is known, and
+leaves the personalized model, `results.json` and a picture.
+"""
+
+import copy
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer, render_user_profile
+from trl_personal.by_user import answers_by_user, evaluate_by_user
+from trl_personal.data import load_prism, make_dialogue_preferences
+from trl_personal.plots import plot_accuracy_by_user
+from trl_personal.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
+
+
+SMALL_RUN = {  # unless the command line or `--config` says otherwise
+    "output_dir": "prism_dialogue",
+    "bf16": torch.cuda.is_available(),
+    "gradient_checkpointing": False,
+    "max_steps": 80,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-4,
+    "user_learning_rate": 5e-3,
+    "beta": 0.5,
+    "max_length": 192,
+    "save_strategy": "no",
+    "user_model_kind": "cluster",
+    "num_clusters": 10,
+    "user_profile_column": "user_profile",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}{% if message.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@dataclass
+class ScriptArguments:
+    dataset_path: str | None = field(default=None, metadata={"help": "PRISM: a folder, or a set on the Hub."})
+    test_size: float = field(default=0.1, metadata={"help": "Share of opening prompts to test on."})
+    sft_steps: int = field(default=400, metadata={"help": "Warm-up steps of the small model."})
+    num_prompts: int = field(default=8, metadata={"help": "Unseen dialogues that six users get an answer to."})
+    max_new_tokens: int = field(default=60, metadata={"help": "Longest answer."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens to sample answers from."})
+
+
+def warm_up(dataset, script_args, training_args):
+    """
+    Folder of a small Llama and its tokenizer, which can answer in every way that somebody chose. Half of the dialogues come
+    with the profile of who chose: large models know from pretraining how to read one. Nothing here has a user id.
+    """
+    rows = []
+    for row in dataset:
+        profiled = render_user_profile(row["prompt"], row["user_profile"], training_args.user_profile_template)
+        rows += [{"prompt": prompt, "completion": row["chosen"]} for prompt in (row["prompt"], profiled)]
+    texts = (message["content"] for row in rows for message in row["prompt"] + row["completion"])
+    tokenizer = GPT2Tokenizer(pad_token="<pad>").train_new_from_iterator(texts, 4096, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2 * training_args.max_length
+        + training_args.num_virtual_tokens,  # profiles are not in it
+        **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"tie_word_embeddings": True, "initializer_range": 0.08},  # the range for this width
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )
+    same = ("bf16", "gradient_checkpointing", "max_length", "save_strategy", "seed")
+    options = {name: getattr(training_args, name) for name in same} | {"learning_rate": 5e-3, "warmup_steps": 20}
+    args = SFTConfig(f"{training_args.output_dir}/warmed_up", max_steps=script_args.sft_steps, **options)
+    inputs = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer = SFTTrainer(LlamaForCausalLM(config), args=args, **inputs)
+    trainer.train()
+    trainer.save_model()
+    return args.output_dir
+
+
+def main(script_args, training_args, model_args):
+    start, output_dir, console = time.time(), Path(training_args.output_dir), Console()
+    disable_progress_bars()
+    path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
+    set_seed(seed)
+    dataset = load_prism(path, test_size=size) if path else make_dialogue_preferences(seed=seed)
+    train, test, unseen = (dataset[split] for split in ("train", "test", "test_unknown_users"))
+    test = test.filter(lambda row, known=frozenset(train["user_id"]): row["user_id"] in known)
+    users = list(dict.fromkeys(test["user_id"]))
+    model = model_args.model_name_or_path or warm_up(train, script_args, training_args)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    inputs = {"train_dataset": train, "processing_class": tokenizer}
+    inputs |= {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
+
+    trainer = PersonalizedDPOTrainer(model, args=training_args, **inputs)
+    trainer.train()
+    trainer.save_model()
+    prompts = [row["prompt"] for row in test if row["turn"] == 0][:: max(1, len(test) // 50)][
+        : script_args.num_prompts
+    ]
+    profiles = dict(zip(test["user_id"], test["user_profile"], strict=True))
+    options = {name: getattr(script_args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    options |= {"do_sample": True, "batch_size": training_args.per_device_eval_batch_size, "user_profiles": profiles}
+    answers = answers_by_user(trainer.model, tokenizer, prompts, [*users[:6], None], **options)
+    own = evaluate_by_user(trainer, test)
+    swapped = evaluate_by_user(trainer, test, as_user=dict(zip(users, users[1:] + users[:1], strict=True)))
+    unknown = evaluate_by_user(trainer, unseen).values()
+    names = {"with_profile": "eval_rewards/accuracies", "without": "eval_generic/rewards/accuracies"}
+    unseen_means = {key: mean(metrics[name] for metrics in unknown) for key, name in names.items()}
+
+    vanilla_args = copy.copy(training_args)
+    vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
+    vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
+    vanilla_trainer.train()
+    vanilla = evaluate_by_user(vanilla_trainer, test)
+    if not trainer.is_world_process_zero():
+        return
+    run = {**describe_run(), "seed": seed, "wall_seconds": round(time.time() - start, 1), "unseen_users": unseen_means}
+    summary = summarize_users(test, own, swapped, vanilla, prompts, answers)
+    (output_dir / "results.json").write_text(json.dumps({**run, **summary}, indent=2))
+    plot_accuracy_by_user(output_dir / "accuracy_by_user.png", summary["users"])
+    console.print(users_table(summary), "Opposite: the soft prompt and the profile of another user.")
+    console.print("Unseen users:", unseen_means, answers_table(summary, 0, [*users[:3], GENERIC_USER]))
+    console.print(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, PersonalizedDPOConfig, ModelConfig))
+    parser.set_defaults(**SMALL_RUN)
+    main(*parser.parse_args_and_config())
