@@ -1133,7 +1133,7 @@ MUTATIONS = [
         "both terms in each backward pass",
         "trainer.py",
         'with self._only("user"), ',
-        "with ",
+        "with nullcontext(), ",
         ("prefix_sharing",),
     ),
     Mutation(

@@ -254,6 +254,9 @@ class PersonalizedDPOTrainer(DPOTrainer):
             reason = "the auxiliary loss of the experts counts every token once"
         if self._is_vision_dataset:
             reason = "there are images in the data"
+        parallelism = self.accelerator.parallelism_config
+        if self.args.n_gpu > 1 or (parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)):
+            reason = "rows are split between devices"
         if reason is not None:
             if self.args.share_prefix == "always":
                 raise ValueError(f'`share_prefix="always"` is not possible: {reason}. Set it to "auto" or "never".')
@@ -418,7 +421,9 @@ class PersonalizedDPOTrainer(DPOTrainer):
         model.train()
         inputs = self._with_checked_packing(model, self._prepare_inputs(inputs))
         with self._reference_in_batch(inputs) as inputs:
-            with self._only("user"), self.accelerator.no_sync(model):
+            # under FSDP, `no_sync` would keep whole gradients: there, both passes reduce theirs
+            is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+            with self._only("user"), self.accelerator.no_sync(model) if is_ddp else nullcontext():
                 loss = super().training_step(model, inputs, *args, **kwargs)
             with self._only("generic"):
                 return loss + super().training_step(model, inputs, *args, **kwargs)
