@@ -4,7 +4,9 @@ Generation for a batch of different users, against the plain model on the same b
     OMP_NUM_THREADS=1 python benchmarks/generate.py [--small]
 
 Greedy, from prompts of 100 tokens, 128 new tokens, on a Llama (or `--family gptj`) of 30M weights. One after another is
-measured on one row and multiplied by the rows: they are of one length, so each costs the same.
+measured on one row and multiplied by the rows: they are of one length, so each costs the same. Without a cache, a token is a
+forward pass over all before it; that is measured at every 16th length and multiplied by 16. (`use_cache=False` would not show
+it: transformers always uses a cache after `inputs_embeds`.)
 """
 
 import argparse
@@ -22,6 +24,9 @@ from measure import (
 )
 
 from trl_personal import LowRankUserModel, LowRankUserModelConfig, UserVocab, attach_user_model
+
+
+LENGTHS = 16  # one in so many is measured without a cache
 
 
 def make_models(family, num_users, small):
@@ -43,12 +48,20 @@ def contestants(plain, model, batch_size, prompt_tokens, new_tokens):
         batch = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows])}
         return language_model.generate(**batch, **settings, **kwargs)
 
+    @torch.no_grad()
+    def without_cache():
+        """The last logits for one user at every 16th length on the way."""
+        longest = torch.randint(3, plain.config.vocab_size, (1, prompt_tokens + new_tokens), device=plain.device)
+        user_indices = torch.ones(1, dtype=torch.long, device=plain.device)
+        for done in range(LENGTHS // 2, new_tokens, LENGTHS):
+            model(longest[:, : prompt_tokens + done], user_indices=user_indices, use_cache=False, logits_to_keep=1)
+
     everyone, first = slice(None), slice(1)
     return {
         "plain, batched": lambda: generate(plain, everyone),
         "users, batched": lambda: generate(model, everyone, user_ids=users),
         "users, one by one": lambda: generate(model, first, user_ids=users[:1]),
-        "users, one by one, no cache": lambda: generate(model, first, user_ids=users[:1], use_cache=False),
+        "users, one by one, no cache": without_cache,
     }
 
 
@@ -61,12 +74,13 @@ def main():
     parser.add_argument("--output", default="benchmarks/results/generate")
     options = parser.parse_args()
     use_one_thread()
-    prompt_tokens, new_tokens = (10, 4) if options.small else (100, 128)
+    prompt_tokens, new_tokens = (10, 16) if options.small else (100, 128)
     models = make_models(options.family, options.batch_size, options.small)
     times = interleaved(contestants(*models, options.batch_size, prompt_tokens, new_tokens), options.rounds)
     for name in times:
         if "one by one" in name:
-            times[name] = [value * options.batch_size for value in times[name]]
+            parts = options.batch_size * (LENGTHS if "no cache" in name else 1)
+            times[name] = [value * parts for value in times[name]]
     rows = ratios(times, baseline="plain, batched")
     (speedup,) = [r for r in ratios(times, baseline="users, batched") if r["name"].endswith("no cache")]
     for row in rows:
