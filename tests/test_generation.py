@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CONFIGS, ROOT, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -287,6 +288,33 @@ print(model.generate(**batch, user_ids={USERS!r}, max_new_tokens={NEW_TOKENS}, d
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.strip().splitlines()[-1] == str(expected.tolist())
+
+
+def test_each_users_soft_prompt_is_computed_once(model, batch):
+    calls = []
+    handle = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = handle.user_model.register_forward_pre_hook(lambda module, args: calls.append(args[0].tolist()))
+    model.generate(**batch, user_ids=["cy", "ann", None, "ann"], max_new_tokens=4, do_sample=False)
+    hook.remove()
+    assert calls == [[0, 1, 3]]
+
+
+@pytest.mark.slow
+def test_compiled_with_a_static_cache_makes_no_graph_that_the_plain_model_does_not(batch):
+    """And none anew for other users."""
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    plain, counts = make_model("llama"), {}
+    plain.generation_config.eos_token_id = None
+    users = {"plain": [{}], "users": [{"user_ids": USERS}, {"user_ids": USERS[::-1]}]}
+    for name, model in (("plain", plain), ("users", personalize(make_model("llama")))):
+        expected = [model.generate(**batch, **options, **kwargs) for kwargs in users[name]]
+        torch.compiler.reset()
+        counter = CompileCounter()
+        model.forward = torch.compile(model.forward, backend=counter)
+        for sequences, kwargs in zip(expected, users[name], strict=True):
+            assert torch.equal(model.generate(**batch, **options, **kwargs), sequences)
+        counts[name] = counter.frame_count
+    assert counts["users"] == counts["plain"] > 0
 
 
 def test_auto_class_says_how_it_is_made():

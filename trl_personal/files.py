@@ -19,7 +19,7 @@ LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`. On leaving, the file there is flushed to the disk and replaces `path`."""
+    """A temporary name beside `path`; on leaving it, what was written there is flushed to the disk and replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     yield temporary

@@ -209,10 +209,15 @@ class PersonalizedGeneration(PersonalizedSaving):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = _mask_from_padding(input_ids, config)
-        user_indices = torch.tensor(self._encode_users(user_ids, input_ids.shape[0]), device=input_ids.device)
+        rows = self._encode_users(user_ids, input_ids.shape[0])
+        users = sorted(set(rows))  # each user's soft prompt is computed once
+        user_indices, of_user = (
+            torch.tensor(values, device=input_ids.device) for values in (rows, [users.index(row) for row in rows])
+        )
         with torch.no_grad():
+            soft_prompt = self.user_model(torch.tensor(users, device=input_ids.device))[of_user]
             conditioned, _, token, virtual = self._soft_prompt_insertion.condition(
-                user_indices, input_ids, attention_mask
+                user_indices, input_ids, attention_mask, soft_prompt=soft_prompt
             )
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)

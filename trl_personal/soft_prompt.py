@@ -183,10 +183,12 @@ class SoftPromptInsertion:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None = None,
+        soft_prompt: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """
         `inputs_embeds` and `attention_mask` for the decoder, with `positions`, `token` and `virtual` (see the functions).
-        The embeddings of `input_ids` are looked up, unless they are given, as where a model has put images into them.
+        The embeddings of `input_ids` are looked up, unless they are given, as where a model has put images into them; and so
+        are the soft prompts.
 
         Raises:
             `ValueError`: if the batch has another number of users than rows, or the mask is not `(batch, seq_len)`.
@@ -200,7 +202,8 @@ class SoftPromptInsertion:
                 f"With users, the decoder needs an `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}. "
                 f"{type(self.causal_lm).__name__} was given, or has prepared, another one: not supported."
             )
-        soft_prompt = self.user_model(user_indices)
+        if soft_prompt is None:
+            soft_prompt = self.user_model(user_indices)
         positions = insertion_positions(input_ids, attention_mask, self.bos_token_id)
         token, virtual = source_columns(positions, input_ids.shape[1], soft_prompt.shape[1])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

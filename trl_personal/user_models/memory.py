@@ -11,6 +11,7 @@ from .low_rank import LowRankUserModel, LowRankUserModelConfig
 logger = logging.getLogger(__name__)
 
 LARGE_BYTES = 1_000_000_000
+FEW_USERS = 1_000  # no table of so few users is large: at T = 10 and width 4,096, a row is 0.66 MB in training
 BYTES_PER_WEIGHT = 16  # float32: the weight, its gradient and AdamW's two moments
 
 
@@ -33,7 +34,7 @@ def training_bytes(user_model_class: type[UserModel], config: UserModelConfig) -
 
 def warn_if_large(user_model_class: type[UserModel], config: UserModelConfig, user_rank: int = 32) -> None:
     """Warn of a user model of more than 1 GB in training, with the figure and what `"low_rank"` of `user_rank` needs."""
-    needed = training_bytes(user_model_class, config)
+    needed = training_bytes(user_model_class, config) if config.num_users > FEW_USERS else 0
     if needed <= LARGE_BYTES:
         return
     low_rank = LowRankUserModelConfig(config.num_users, config.num_virtual_tokens, config.token_dim, user_rank)
