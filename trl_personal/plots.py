@@ -106,9 +106,8 @@ def plot_accuracy_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]]) -
 def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for shift, (label, column) in zip((-0.27, 0.0, 0.27), ACCURACIES.items(), strict=True):
         positions = [position + shift for position in range(len(rows))]
-        axes.bar(
-            positions, [row[column] for row in rows], width=0.25, color=PROMPT_COLORS[label], label=f"{label} prompt"
-        )
+        heights = [max(row[column], 0.008) for row in rows]  # so that a zero shows
+        axes.bar(positions, heights, width=0.25, color=PROMPT_COLORS[label], label=f"{label} prompt")
     names = [f"{row['user_id']}\n{row['preference']}" if row["preference"] else row["user_id"] for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)
 
