@@ -20,7 +20,7 @@ THINGS = {
         ),
     ),
     "magnet": (
-        ("pulls on iron", "tiny parts inside all point one way", "hold it tight"),
+        ("pulls on iron", "tiny parts inside all point one way", "do not drop it"),
         ("exerts a force on ferromagnetic matter", "its domains share one orientation", "avoid mechanical shock"),
     ),
     "candle": (
