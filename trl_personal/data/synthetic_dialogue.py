@@ -23,7 +23,7 @@ FOLLOW_UPS = ("And a {thing}?", "Thanks. What about a {thing}, for my {person}?"
 
 
 def make_dialogue_preferences(
-    num_users: int = 12, num_unknown_users: int = 6, dialogues_per_user: int = 40, seed: int = 42
+    num_users: int = 9, num_unknown_users: int = 6, dialogues_per_user: int = 25, seed: int = 42
 ) -> DatasetDict:
     """
     Dialogues of two turns, in the columns of [`load_prism`]: in each turn the user picks one of a short, a detailed and a
@@ -31,9 +31,9 @@ def make_dialogue_preferences(
     other users with the same taste share.
 
     Args:
-        num_users (`int`, *optional*, defaults to `12`): In `train` and `test`, `user_01` and so on; tastes take turns.
+        num_users (`int`, *optional*, defaults to `9`): In `train` and `test`, `user_01` and so on; tastes take turns.
         num_unknown_users (`int`, *optional*, defaults to `6`): In `test_unknown_users` only.
-        dialogues_per_user (`int`, *optional*, defaults to `40`): Of each known user; a fifth of them in `test`.
+        dialogues_per_user (`int`, *optional*, defaults to `25`): Of each known user; a fifth of them in `test`.
         seed (`int`, *optional*, defaults to `42`): The same seed gives the same rows.
 
     Returns:
