@@ -46,7 +46,7 @@ def plot_accuracy_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]]) -
 def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for shift, (name, (column, color)) in zip((-0.27, 0.0, 0.27), PROMPTS.items(), strict=True):
         positions = [position + shift for position in range(len(rows))]
-        axes.bar(positions, [row[column] for row in rows], width=0.25, color=color, label=f"{name} prompt")
+        axes.bar(positions, [max(row[column], 0.008) for row in rows], width=0.25, color=color, label=f"{name} prompt")
     names = [f"{row['user_id']}\n{row['preference'] or ''}" for row in rows]
     many = len(rows) > 8
     axes.set_xticks(range(len(rows)), names, fontsize=8, rotation=45 if many else 0, ha="right" if many else "center")
