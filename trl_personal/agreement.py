@@ -111,7 +111,7 @@ def measure_agreement(comparisons: ArrayLike, directions: ArrayLike, users: Arra
 
 def majority_agreement(comparisons: ArrayLike, directions: ArrayLike, users: ArrayLike) -> FloatArray:
     """
-    Whether each judgement is that of the majority of the *other* users who judged the same comparison.
+    Whether each judgement is that of the majority of the users who judged the same comparison, the own vote counted.
 
     Args:
         comparisons (`ArrayLike`): As for [`measure_agreement`].
@@ -119,22 +119,20 @@ def majority_agreement(comparisons: ArrayLike, directions: ArrayLike, users: Arr
         users (`ArrayLike`): Likewise.
 
     Returns:
-        Float `(n,)`: 1 agrees, 0 does not, NaN if the others are tied or there are none.
+        Float `(n,)`: 1 agrees, 0 does not, NaN if the votes are tied or nobody else judged it.
 
     ```python
     >>> majority_agreement([0, 0, 0, 1], [True, True, False, True], [0, 1, 2, 0]).tolist()
-    [nan, nan, 0.0, nan]
+    [1.0, 1.0, 0.0, nan]
     ```
     """
     codes, people = np.asarray(comparisons), np.asarray(users)
     votes = np.where(np.asarray(directions), 1, -1)
-    judged, users_of, balance, _ = _judgements(codes, people, votes)
-    opinion = np.sign(balance)
-    all_opinions = np.bincount(judged, weights=opinion, minlength=int(codes.max(initial=-1)) + 1)
-    own = dict(zip(zip(judged.tolist(), users_of.tolist(), strict=True), opinion.tolist(), strict=True))
-    own_opinion = np.array([own[key] for key in zip(codes.tolist(), people.tolist(), strict=True)])
-    others = np.sign(all_opinions[codes] - own_opinion)
-    return np.where(others == 0, np.nan, (others == votes).astype(np.float64))
+    judged, _, balance, _ = _judgements(codes, people, votes)
+    num_comparisons = int(codes.max(initial=-1)) + 1
+    majority = np.sign(np.bincount(judged, weights=np.sign(balance), minlength=num_comparisons))[codes]
+    num_users = np.bincount(judged, minlength=num_comparisons)[codes]
+    return np.where((majority == 0) | (num_users < 2), np.nan, (majority == votes).astype(np.float64))
 
 
 def _judgements(
