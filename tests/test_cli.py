@@ -853,7 +853,7 @@ def test_real_processes(command, extra, tmp_path):
     def run(*argv):
         program = [sys.executable, "-m", "trl_personal.cli"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run([*program, *argv], env=environment, capture_output=True, text=True)
+        return subprocess.run([*program, *argv], env=environment, capture_output=True, text=True, timeout=300)
 
     training = [*command, *flags(output_dir=tmp_path / "out"), *LORA, *extra]
     result = run(*training)
