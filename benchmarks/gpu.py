@@ -78,7 +78,7 @@ def train_steps(
         quantization_config=quantization if four_bit else None,
         peft_config=LoraConfig(r=16, target_modules=["q_proj", "v_proj"]),
     )
-    batch = {name: value.to(trainer.args.device) for name, value in next(iter(trainer.get_train_dataloader())).items()}
+    batch = next(iter(trainer.get_train_dataloader()))  # on the device already
     step = optimizer_step(trainer, batch)
     return [seconds(step) for _ in range(rounds + 2)][2:]
 
