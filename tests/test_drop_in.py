@@ -326,7 +326,7 @@ def test_modes_that_change_no_number(make_trainer, make_args, mode):
 
 
 def test_truncation_never_cuts_the_soft_prompt(make_trainer):
-    trainer = make_trainer(max_length=5, num_virtual_tokens=4)
+    trainer = make_trainer(max_length=5, num_virtual_tokens=4, share_prefix="never")
     lengths = []
     trainer.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(

@@ -244,7 +244,7 @@ def test_one_graph_at_a_time(make_trainer, monkeypatch):
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: (
             gradients.append(module.user_model.generic_prompt.grad is not None)
-            if kwargs.get("user_indices") is not None and module.training
+            if kwargs.get("user_indices") is not None and torch.is_grad_enabled()
             else None
         ),
         with_kwargs=True,

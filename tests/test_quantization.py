@@ -65,7 +65,8 @@ def test_qlora_trains_users_in_float32_on_a_quantized_base(make_qlora, name, kin
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_loss_is_the_mixture_on_the_quantized_policy(make_qlora, name):
     """The two terms by TRL's own head on hand-made batches, with the reference from the disabled adapter."""
-    trainer = make_qlora(name, beta=0.3, personalization_alpha=0.3)
+    # 8-bit products take the columns of outliers from the whole batch, so other rows round differently
+    trainer = make_qlora(name, beta=0.3, personalization_alpha=0.3, share_prefix="never")
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1 * torch.randn_like(parameter))

@@ -90,12 +90,12 @@ def test_extra_batch_keys_reach_the_model(make_trainer):
     trainer = make_trainer(max_steps=1)
     seen = []
     trainer.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs.get("user_indices")) if module.training else None,
+        lambda module, args, kwargs: seen.append(kwargs.get("user_indices")) if torch.is_grad_enabled() else None,
         with_kwargs=True,
         prepend=True,
     )
     trainer.train()
-    user_pass, generic_pass = seen  # the reference is another model here, and packing is checked in evaluation mode
+    user_pass, generic_pass = seen  # the reference is another model here, and packing is checked without gradients
     assert set(user_pass.tolist()) == {1, 2}
     assert set(generic_pass.tolist()) == {0}
 

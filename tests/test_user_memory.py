@@ -75,6 +75,7 @@ def test_no_alternative_that_needs_more(caplog, user_model_class, config, needed
 
 def test_the_trainer_warns_before_it_makes_the_table(make_trainer, monkeypatch, caplog):
     monkeypatch.setattr("trl_personal.user_models.memory.LARGE_BYTES", 100)
+    monkeypatch.setattr("trl_personal.user_models.memory.FEW_USERS", 1)
     make_trainer(user_model_kind="individual", user_rank=1)
     assert caplog.text.count("The user model of kind 'individual' needs") == 1
     assert "`user_rank=1` needs" in caplog.text

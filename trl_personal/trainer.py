@@ -518,7 +518,10 @@ class PersonalizedDPOTrainer(DPOTrainer):
         call = {name: inputs[name] for name in ("input_ids", "attention_mask", "user_indices") if name in inputs}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         was_training = model.training
-        model.eval()
+        if (
+            not self.args.disable_dropout
+        ):  # else as it is: on a CPU, bitsandbytes packs the weights of `eval()` for good
+            model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             plain, shared = (
                 model(**call, **more, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float()
