@@ -488,7 +488,7 @@ MUTATIONS = [
     Mutation(
         "a cache with text in it is continued with users",
         "soft_prompt.py",
-        "if past is not None and past.get_seq_length() > 0:",
+        "if any(cache.get_seq_length() > 0 for cache in caches):",
         "if False:",
         ("core_details",),
     ),

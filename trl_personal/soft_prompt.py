@@ -240,8 +240,8 @@ class SoftPromptInsertion:
         kwargs.pop("input_ids", None)
         if len(args) > 1 or input_ids is None or embeds_at_call:
             raise ValueError("A call with users needs `input_ids`, and everything else by keyword.")
-        past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        caches = [value for value in kwargs.values() if hasattr(value, "get_seq_length")]
+        if any(cache.get_seq_length() > 0 for cache in caches):
             raise ValueError("A call with users cannot continue from a cache; use `generate(..., user_ids=...)`.")
         embeds = kwargs.pop("inputs_embeds", None)
         conditioned, positions, token, virtual = self.condition(
