@@ -81,14 +81,15 @@ def summarize_users(
         }
         for user_id, preference in preferences.items()
     ]
+    written = [row for row in rows if "mean_generated_length" in row]  # by users with answers
     correct = [vanilla[user_id]["eval_rewards/accuracies"] * len(chosen[user_id]) for user_id in preferences]
     return {
         "users": rows,
         "generic": {"user_id": GENERIC_USER, "preference": None, **_lengths(answers[None])},
         "means": {name: mean(row[name] for row in rows if name in row) for name in NUMBERS},
         "length_by_preference": {
-            preference: mean(row["mean_generated_length"] for row in rows if row["preference"] == preference)
-            for preference in sorted({preference for preference in preferences.values() if preference is not None})
+            preference: mean(row["mean_generated_length"] for row in written if row["preference"] == preference)
+            for preference in sorted({row["preference"] for row in written if row["preference"] is not None})
         },
         "vanilla_accuracy": sum(correct) / len(dataset),
         "majority_share": _majority_share(dataset),
