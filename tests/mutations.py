@@ -976,9 +976,9 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints sorted as text",
-        "trainer.py",
-        'key=lambda path: -int(path.name.removeprefix("checkpoint-")),',
-        "key=lambda path: path.name,\n        reverse=True,",
+        "files.py",
+        'key=lambda path: -int(path.name.removeprefix("checkpoint-"))',
+        "key=lambda path: path.name, reverse=True",
         ("core_details",),
     ),
     Mutation(
@@ -1149,6 +1149,70 @@ MUTATIONS = [
         'if self.model.training and self.args.generic_term == "sampled":',
         'if self.args.generic_term == "sampled":',
         ("prefix_sharing",),
+    ),
+    # --- Evaluation of a folder, profiles
+    Mutation(
+        "first batch counts as checked without a check",
+        "trainer.py",
+        "if packed is None and self.accelerator.num_processes == 1:",
+        "if False:",
+        ("prefix_sharing",),
+    ),
+    Mutation(
+        "hidden states of all columns",
+        "prefix_sharing.py",
+        "hidden[rows, columns.to(hidden.device)]",
+        "hidden[rows, columns.flip(1).to(hidden.device)]",
+        ("prefix_sharing",),
+    ),
+    Mutation(
+        "profile not in the user's term",
+        "trainer.py",
+        "if user_prompts else inputs\n",
+        "if False else inputs\n",
+        ("user_profile",),
+    ),
+    Mutation(
+        "swapped margins are the own",
+        "trainer.py",
+        'recorder.swapped(inputs["user_indices"], num_users)',
+        'inputs["user_indices"]',
+        ("margins",),
+    ),
+    Mutation(
+        "trained adapter is its own reference",
+        "trained_folder.py",
+        'trainer.model.delete_adapter("ref")',
+        "pass",
+        ("trained_folder",),
+    ),
+    Mutation(
+        "a folder can run code",
+        "saved_settings.py",
+        'if module.split(".")[0] not in TRUSTED_PACKAGES:',
+        "if False:",
+        ("trained_folder",),
+    ),
+    Mutation(
+        "a judge who prefers the first answer wins",
+        "generation_report.py",
+        "TIE if verdict == TIE else 1 - verdict",
+        "verdict",
+        ("generation_report",),
+    ),
+    Mutation(
+        "alone is a majority",
+        "agreement.py",
+        "(num_users < 2)",
+        "(num_users < 1)",
+        ("verdict",),
+    ),
+    Mutation(
+        "users of a batch mixed up in generation",
+        "modeling.py",
+        "self.user_model(users)[of_user]",
+        "self.user_model(users)[of_user.flip(0)]",
+        ("generation",),
     ),
 ]
 

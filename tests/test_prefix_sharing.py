@@ -13,6 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import trl_personal.prefix_sharing
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
+from trl_personal.modeling import get_causal_lm
 from trl_personal.prefix_sharing import (
     MODEL_TYPES,
     PackingCost,
@@ -191,6 +192,34 @@ def test_training_is_the_same(lora, settings, make_trainer, preferences):
     assert "packed_pairs" not in next(iter(never.get_train_dataloader()))
     assert "tokens" in next(iter(always.get_train_dataloader()))["packed_pairs"]
     assert_same_history(history(always), history(never))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_decoder_gets_one_row_for_a_pair(lora, make_trainer):
+    """Should TRL no longer hand the packed pairs on, or call another module, results would be right and slow."""
+    trainer = make_trainer("llama", lora=lora, share_prefix="always", max_steps=1)
+    trainer.current_gradient_accumulation_steps = 1
+    shapes = []
+    get_causal_lm(trainer.model).get_decoder().layers[0].register_forward_pre_hook(
+        lambda layer, args: shapes.append(args[0].shape[:2]) if torch.is_grad_enabled() else None
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    width = batch["packed_pairs"]["tokens"].shape[1]
+    trainer.training_step(trainer.model, batch)
+    assert shapes == [(4, width + 3)] * 2  # four pairs, three virtual tokens; the user's term and the generic user's
+
+
+def test_packing_is_checked_on_the_first_batch_that_can_be_packed(make_trainer):
+    trainer = make_trainer("llama", share_prefix="always")
+    batch = next(iter(trainer.get_train_dataloader()))
+    odd = {name: value for name, value in batch.items() if name != "packed_pairs"}
+    odd["input_ids"] = odd["input_ids"].clone()
+    odd["input_ids"][0, 0] = 5  # a pair that starts with different tokens
+    checked = []
+    for inputs in (odd, batch):
+        trainer.compute_loss(trainer.model, inputs)
+        checked.append(trainer._packing_is_checked)
+    assert checked == [False, True]
 
 
 def test_quantized_models_share_too(make_trainer, tmp_path):

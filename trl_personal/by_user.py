@@ -84,7 +84,6 @@ def answers_by_user(
     user_ids: Sequence[UserId],
     batch_size: int = 32,
     description: str = "Writing answers",
-    add_special_tokens: bool = True,
     user_profiles: Mapping[Any, str | None] | None = None,
     **generate_kwargs: Any,
 ) -> dict[UserId, list[str]]:
@@ -98,7 +97,6 @@ def answers_by_user(
         user_ids (`Sequence`): Users; `None` is the generic one.
         batch_size (`int`, *optional*, defaults to `32`): Rows generated at once.
         description (`str`, *optional*): Shown beside the progress bar.
-        add_special_tokens (`bool`, *optional*, defaults to `True`): Not for prompts that a chat template made.
         user_profiles (`Mapping`, *optional*): Text about users, put into their prompts as in training; users who are not in
             it have none.
         **generate_kwargs: Of `model.generate`.
@@ -117,7 +115,7 @@ def answers_by_user(
     generate: Any = model.generate
     for start in track(range(0, len(rows), batch_size), description, transient=True):
         users = [user_id for user_id, _ in rows[start : start + batch_size]]
-        inputs = encode_prompts(tokenizer, texts[start : start + batch_size], use_template, add_special_tokens)
+        inputs = encode_prompts(tokenizer, texts[start : start + batch_size], use_template)
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
         of_users = {"user_ids": users} if is_personalized(model) else {}
         outputs = generate(**inputs, **of_users, **generate_kwargs)
@@ -151,9 +149,7 @@ def with_user_profiles(
     return [render_user_profile(prompt, user_profiles.get(user_id), template, bos_token) for user_id, prompt in rows]
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], use_template: bool, add_special_tokens: bool = True
-) -> Any:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], use_template: bool) -> Any:
     """
     A batch of prompts, padded on the left. With `use_template`, plain text becomes the first message of a conversation.
 
@@ -167,7 +163,7 @@ def encode_prompts(
                 "A prompt is a list of messages, which needs a chat template, but the tokenizer has none, or "
                 "--no_chat_template is set. Give the prompts as text."
             )
-        return tokenizer(list(prompts), **options, add_special_tokens=add_special_tokens)
+        return tokenizer(list(prompts), **options)
     texts = [
         tokenizer.apply_chat_template(as_messages(prompt), add_generation_prompt=True, tokenize=False)
         for prompt in prompts

@@ -249,14 +249,10 @@ def _generate(
     if "prompt" not in dataset.column_names:
         raise ValueError(f"Answers need a `prompt` column; found {sorted(dataset.column_names)}.")
     tokenizer = trainer._tokenizer
-    given = list({str(prompt): prompt for prompt in dataset["prompt"]}.values())[:num_prompts]
-    has_messages = not isinstance(given[0], str)
-    prompts = given
-    if has_messages:
-        prompts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in given]
+    prompts = list({str(prompt): prompt for prompt in dataset["prompt"]}.values())[:num_prompts]
     seen = dict.fromkeys(iterate_user_ids(dataset, column, "evaluation"))
     users: list[UserId] = [*(user for user in seen if user is not None and user in trainer.user_vocab), None]
-    options = {"batch_size": batch_size, "add_special_tokens": not has_messages} | generate_kwargs
+    options = {"batch_size": batch_size} | generate_kwargs
     answers = answers_by_user(trainer.model, tokenizer, prompts, users, **options)
     detach_user_model(trainer.model)
     if trainer.ref_model is not None:
@@ -266,10 +262,10 @@ def _generate(
             reference = answers_by_user(trainer.model, tokenizer, prompts, [None], **options)[None]
     samples = [
         {
-            "prompt": given[i],
+            "prompt": prompts[i],
             "reference": reference[i],
             "answers": {user or GENERIC_USER: texts[i] for user, texts in answers.items()},
         }
-        for i in range(len(given))
+        for i in range(len(prompts))
     ]
     return summarize_answers(answers, reference), samples

@@ -34,6 +34,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def checkpoints_newest_first(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N` of transformers, highest N first."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(numbered, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
 @contextmanager
 def staged_folder(target: Path, last: str) -> Iterator[Path]:
     """

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any, TypeAlias
 
 from .cluster_bootstrap import Interval, cluster_share
-from .user_report import count_words
+from .user_report import summarize_lengths
 from .users import UserId
 
 
@@ -63,19 +62,17 @@ def summarize_answers(
     (2, 0, 0.5)
     ```
     """
-    expected = None if reference is None else mean(map(count_words, reference))
+    expected = None if reference is None else summarize_lengths(reference)["mean_generated_length"]
     rows = []
     for user_id, texts in answers.items():
-        lengths = [count_words(text) for text in texts]
+        lengths = summarize_lengths(texts)
         rows.append(
             {
                 "user_id": user_id,
-                "mean_generated_length": mean(lengths),
-                "length_drift": None if expected is None else mean(lengths) - expected,
+                **lengths,
+                "length_drift": None if expected is None else lengths["mean_generated_length"] - expected,
                 "distinct_1": distinct_n(texts, 1),
                 "distinct_2": distinct_n(texts, 2),
-                "empty_share": mean(length == 0 for length in lengths),
-                "generated_lengths": lengths,
             }
         )
     return rows

@@ -209,13 +209,10 @@ class PersonalizedGeneration(PersonalizedSaving):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = _mask_from_padding(input_ids, config)
-        rows = self._encode_users(user_ids, input_ids.shape[0])
-        users = sorted(set(rows))  # each user's soft prompt is computed once
-        user_indices, of_user = (
-            torch.tensor(values, device=input_ids.device) for values in (rows, [users.index(row) for row in rows])
-        )
+        user_indices = torch.tensor(self._encode_users(user_ids, input_ids.shape[0]), device=input_ids.device)
+        users, of_user = user_indices.unique(return_inverse=True)  # each user's soft prompt is computed once
         with torch.no_grad():
-            soft_prompt = self.user_model(torch.tensor(users, device=input_ids.device))[of_user]
+            soft_prompt = self.user_model(users)[of_user]
             conditioned, _, token, virtual = self._soft_prompt_insertion.condition(
                 user_indices, input_ids, attention_mask, soft_prompt=soft_prompt
             )

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .files import read_json
+from .files import checkpoints_newest_first, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,7 @@ def _trusted(name: str) -> type:
 
 def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
     """What the trainer logged, from `trainer_state.json` in the folder or its last checkpoint; empty if there is none."""
-    checkpoints = [
-        path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    newest_first = sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
-    for place in (Path(folder), *newest_first):
+    for place in (Path(folder), *checkpoints_newest_first(Path(folder))):
         if (place / STATE_FILE).is_file():
             return read_json(place / STATE_FILE).get("log_history", [])
     return []

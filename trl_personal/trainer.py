@@ -40,7 +40,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizedDPOConfig
 from .evaluation import UserAccuracy, pair_margins
-from .files import read_json
+from .files import checkpoints_newest_first, read_json
 from .margins import MarginRecorder
 from .modeling import (
     HUB_PULL_ARGUMENTS,
@@ -61,7 +61,7 @@ from .modeling import (
 )
 from .prefix_sharing import PackingCost, PairPacker, PrefixSharing, reason_not_to_share
 from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
-from .user_column import check_user_column, collect_users, iterate_user_ids
+from .user_column import AnyDataset, check_user_column, collect_users, iterate_user_ids
 from .user_models import UserModel, get_user_model_class
 from .user_models.initialization import soft_prompt_drawer
 from .user_models.memory import warn_if_large
@@ -80,7 +80,6 @@ from .users import GENERIC_USER_INDEX, UserVocab
 
 logger = logging.getLogger(__name__)
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
 EvalDatasets: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 
 
@@ -169,7 +168,6 @@ class PersonalizedDPOTrainer(DPOTrainer):
         self._reference_fingerprint: str | None = None
         self._packer: PairPacker | None = None
         self._packing_is_checked, self._warned_of_packing = False, False
-        self._packs_reference = False  # while it is precomputed, as TRL's collator knows nothing of packing
         self._term: str | None = None  # the one term of the loss that is wanted, else both
         personalized = args.user_model_kind != "none"
         if personalized:
@@ -404,11 +402,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
             tokens = load_from_disk(folder)
         tokens._fingerprint = key
         self._share_prefixes()
-        self._packs_reference = True
-        try:
-            scored = super()._precompute_ref_logps(tokens, name, batch_size)
-        finally:
-            self._packs_reference = False
+        scored = super()._precompute_ref_logps(tokens, name, batch_size)
         log_probs = scored.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
         return concatenate_datasets([dataset, log_probs], axis=1)
 
@@ -449,7 +443,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """As in TRL. The reference policy does not see users."""
         inputs = _without_users(inputs)
-        if self._packs_reference and self._packer is not None:
+        if self.user_model is None and self._packer is not None:  # precomputing, with TRL's own collator
             packed = self._packer(inputs)
             inputs |= {} if packed is None else {"packed_pairs": packed}
         return super().compute_ref_log_probs(model, self._with_checked_packing(model, inputs))
@@ -508,13 +502,15 @@ class PersonalizedDPOTrainer(DPOTrainer):
     def _with_checked_packing(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs`, without `packed_pairs` if the first batch came out differently with them."""
         if self._packer is not None and not self._packing_is_checked:
-            self._packing_is_checked = True
             self._check_packing(model, inputs)
         return inputs if self._packer is not None else _without(inputs, "packed_pairs", "user_packed_pairs")
 
     def _check_packing(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Score a batch in two rows a pair and packed, and give up packing if that differs. Each process takes two passes."""
         packed = PairPacker()(_without_users(_without(inputs, "packed_pairs")))
+        if packed is None and self.accelerator.num_processes == 1:
+            return  # wait for a batch that can be packed; several processes must take the same passes
+        self._packing_is_checked = True
         call = {name: inputs[name] for name in ("input_ids", "attention_mask", "user_indices") if name in inputs}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         was_training = model.training
@@ -867,11 +863,7 @@ def _add_to_optimizer(optimizer: torch.optim.Optimizer, scheduler: object | None
 
 def _last_whole_checkpoint(output_dir: Path) -> str | None:
     """The last checkpoint with a readable `trainer_state.json`, which is written last; a warning for those passed over."""
-    checkpoints = sorted(
-        (path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda path: -int(path.name.removeprefix("checkpoint-")),
-    )
-    for path in checkpoints:
+    for path in checkpoints_newest_first(output_dir):
         try:
             read_json(path / "trainer_state.json")
         except (FileNotFoundError, ValueError):

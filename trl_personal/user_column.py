@@ -23,15 +23,22 @@ def check_user_column(dataset: AnyDataset, column: str, name: str) -> None:
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The {name} dataset has no rows.")
+    require_column(dataset, column, name, "Add one, or name yours with `PersonalizedDPOConfig(user_id_column=...)`.")
+    _check_type(dataset.features, column, name)
+
+
+def require_column(dataset: AnyDataset, column: str, name: str, advice: str) -> None:
+    """
+    Make sure that `dataset`, a stream too, has a column.
+
+    Raises:
+        `ValueError`: if not; the message has the columns found, and `advice`.
+    """
     columns = dataset.column_names
     if columns is None:  # a stream that does not declare its columns
         columns = list(next(iter(dataset)))
     if column not in columns:
-        raise ValueError(
-            f"The {name} dataset has no `{column}` column; found {sorted(columns)}. Add one, or name yours with "
-            "`PersonalizedDPOConfig(user_id_column=...)`."
-        )
-    _check_type(dataset.features, column, name)
+        raise ValueError(f"The {name} dataset has no `{column}` column; found {sorted(columns)}. {advice}")
 
 
 def _check_type(features: Features | None, column: str, name: str) -> None:

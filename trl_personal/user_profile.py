@@ -4,13 +4,13 @@ import string
 from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from datasets import Dataset, IterableDataset
 from datasets.features.features import Value
+
+from .user_column import AnyDataset, require_column
 
 
 Prompt: TypeAlias = str | list[dict[str, Any]]
 AnyPrompt = TypeVar("AnyPrompt", str, list[dict[str, Any]], Prompt)
-AnyDataset: TypeAlias = Dataset | IterableDataset
 Row: TypeAlias = Mapping[str, Any]
 
 USER_PROFILE_TEMPLATE = "User profile: {profile}"
@@ -87,14 +87,13 @@ def check_profile_column(dataset: AnyDataset, column: str, name: str) -> None:
     Raises:
         `ValueError`: if it has no column `column`. `TypeError`: if the column does not hold text.
     """
-    columns = dataset.column_names
-    if columns is None:  # a stream that does not declare its columns
-        columns = list(next(iter(dataset)))
-    if column not in columns:
-        raise ValueError(
-            f"The {name} dataset has no `{column}` column; found {sorted(columns)}. Add one (`None` for a user of whom "
-            "nothing is known), or name yours with `PersonalizedDPOConfig(user_profile_column=...)`."
-        )
+    require_column(
+        dataset,
+        column,
+        name,
+        "Add one (`None` for a user of whom nothing is known), or name yours with "
+        "`PersonalizedDPOConfig(user_profile_column=...)`.",
+    )
     feature = (dataset.features or {}).get(column)
     dtype = feature.dtype if isinstance(feature, Value) else type(feature).__name__
     if feature is not None and dtype not in ("string", "large_string", "null"):

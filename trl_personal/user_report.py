@@ -77,7 +77,7 @@ def summarize_users(
             "accuracy_generic": own[user_id]["eval_generic/rewards/accuracies"],
             "accuracy_swapped": swapped[user_id]["eval_rewards/accuracies"],
             "mean_chosen_length": mean(chosen[user_id]),
-            **(_lengths(answers[user_id]) if user_id in answers else {}),
+            **(summarize_lengths(answers[user_id]) if user_id in answers else {}),
         }
         for user_id, preference in preferences.items()
     ]
@@ -85,7 +85,7 @@ def summarize_users(
     correct = [vanilla[user_id]["eval_rewards/accuracies"] * len(chosen[user_id]) for user_id in preferences]
     return {
         "users": rows,
-        "generic": {"user_id": GENERIC_USER, "preference": None, **_lengths(answers[None])},
+        "generic": {"user_id": GENERIC_USER, "preference": None, **summarize_lengths(answers[None])},
         "means": {name: mean(row[name] for row in rows if name in row) for name in NUMBERS},
         "length_by_preference": {
             preference: mean(row["mean_generated_length"] for row in written if row["preference"] == preference)
@@ -113,7 +113,15 @@ def _majority_share(dataset: Dataset) -> float | None:
     )
 
 
-def _lengths(answers: Sequence[str]) -> dict[str, Any]:
+def summarize_lengths(answers: Sequence[str]) -> dict[str, Any]:
+    """
+    `mean_generated_length` in words, `empty_share` and `generated_lengths` of some answers.
+
+    ```python
+    >>> summarize_lengths(["yes", ""])
+    {'mean_generated_length': 0.5, 'empty_share': 0.5, 'generated_lengths': [1, 0]}
+    ```
+    """
     lengths = [count_words(answer) for answer in answers]
     return {
         "mean_generated_length": mean(lengths),

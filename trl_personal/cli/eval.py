@@ -10,12 +10,13 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from rich.console import Console
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_quantization_config
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..evaluate_model import ModelEvaluation, evaluate_model
 from ..personalization_report import personalization_table
 from .model_folder import check_model_name
 from .preferences import Splits, load_preferences, select_split
+from .quantization import quantization_config
 
 
 TEST = "test"
@@ -98,13 +99,10 @@ def _rows(split: Any) -> Dataset:
 
 def _loading(arguments: Namespace) -> dict[str, Any]:
     """Keywords of `from_pretrained` that were asked for."""
-    quantization = ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=arguments.dtype)
-    if arguments.load_in_4bit and arguments.dtype == "auto":
-        quantization.dtype = "bfloat16"
     options = {
         "dtype": None if arguments.dtype == "auto" else arguments.dtype,
         "device_map": arguments.device_map,
-        "quantization_config": get_quantization_config(quantization),
+        "quantization_config": quantization_config(arguments),
     }
     return {name: value for name, value in options.items() if value is not None}
 

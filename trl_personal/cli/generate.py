@@ -14,12 +14,12 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, get_quantization_config
 
 from .. import AutoPersonalizedModelForCausalLM
 from ..by_user import as_messages, encode_prompts, with_user_profiles
 from ..trained_folder import processor_name
 from .model_folder import check_model_name
+from .quantization import quantization_config
 from .requests import Prompt, read_prompts, read_user_profiles, read_users
 
 
@@ -65,14 +65,11 @@ def warn_of_unknown_users(user_ids: Sequence[str | None], user_vocab: Any) -> No
 def load(arguments: Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model, on an accelerator if there is one, and its tokenizer, which pads on the left."""
     device_map = arguments.device_map or ("auto" if torch.accelerator.is_available() else None)
-    quantization = ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=arguments.dtype)
-    if arguments.load_in_4bit and arguments.dtype == "auto":
-        quantization.dtype = "bfloat16"
     model = AutoPersonalizedModelForCausalLM.from_pretrained(
         arguments.model,
         dtype=arguments.dtype,
         device_map=device_map,
-        quantization_config=get_quantization_config(quantization),
+        quantization_config=quantization_config(arguments),
     )
     tokenizer = AutoTokenizer.from_pretrained(processor_name(arguments.model), padding_side="left")
     if tokenizer.pad_token is None:
