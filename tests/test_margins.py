@@ -53,7 +53,9 @@ def test_margins_equal_plain_forward_passes(trained, preferences):
 def test_accuracy_and_margin_are_the_trainers_own(make_trainer, preferences, lora):
     trainer = make_trainer(lora=lora, max_steps=4, per_device_eval_batch_size=2, beta=0.3, ld_alpha=0.5)
     trainer.train()
-    preferences = preferences.select([0, 2, 5, 7])  # pairs that mirror each other have generic margins of zero, and noise
+    preferences = preferences.select(
+        [0, 2, 5, 7]
+    )  # pairs that mirror each other have generic margins of zero, and noise
     metrics = trainer.evaluate(preferences)
     scored = score_pairs(trainer, preferences)
     own, generic = scored.margins["own"], scored.margins["generic"]
