@@ -222,6 +222,23 @@ def test_packing_is_checked_on_the_first_batch_that_can_be_packed(make_trainer):
     assert checked == [False, True]
 
 
+def test_the_check_draws_nothing_at_random(make_trainer, tmp_path, caplog):
+    """OPT drops out in functions, which `disable_dropout` does not reach: a resumed run must draw as the straight one."""
+    make_family("opt").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    trainer = make_trainer(share_prefix="always", trainer_kwargs={"model": str(tmp_path / "model")})
+    assert trainer.model.config.dropout == 0.1
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
+        trainer._check_packing(trainer.model, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer._packer is not None
+    assert caplog.messages == []
+    assert all(module.training for module in trainer.model.modules())
+
+
 def test_quantized_models_share_too(make_trainer, tmp_path):
     make_family("llama", wide=True).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

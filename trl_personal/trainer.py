@@ -513,17 +513,11 @@ class PersonalizedDPOTrainer(DPOTrainer):
         self._packing_is_checked = True
         call = {name: inputs[name] for name in ("input_ids", "attention_mask", "user_indices") if name in inputs}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        was_training = model.training
-        if (
-            not self.args.disable_dropout
-        ):  # else as it is: on a CPU, bitsandbytes packs the weights of `eval()` for good
-            model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), _evaluating(model):
             plain, shared = (
                 model(**call, **more, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float()
                 for more in ({}, {} if packed is None else {"packed_pairs": packed})
             )
-        model.train(was_training)
         difference = (plain - shared).abs()
         found = torch.stack([difference.max(), difference.sum() / (labels != -100).sum().clamp(min=1)])
         highest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
@@ -700,6 +694,22 @@ def _without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _without_users(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if not name.startswith("user_")}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """
+    Modules as in `eval()`: nothing is drawn at random, also where dropout is no module (OPT), so that runs go on as without.
+    Quantized layers stay as they are: on a CPU, bitsandbytes packs their weights for good.
+    """
+    modules = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 def _take_user_prompts(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
