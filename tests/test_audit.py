@@ -250,6 +250,7 @@ def share_of_evidence(num_seeds, shuffled, **settings):
     return np.mean(found)
 
 
+@pytest.mark.slow
 def test_shuffled_ids_give_no_evidence_and_tastes_do(quick):
     assert share_of_evidence(30, shuffled=True) <= 0.05
     assert share_of_evidence(20, shuffled=False) >= 0.95

@@ -499,6 +499,7 @@ def test_alpha_of_one_trains_the_users_term_alone(make_trainer, monkeypatch):
     assert not [name for log in trainer.state.log_history for name in log if "generic" in name]
 
 
+@pytest.mark.slow
 def test_dynamo_traces_the_hooks(make_trainer):
     """The same numbers with `torch.compile`, here with its tracer alone."""
     runs = [

@@ -2,9 +2,12 @@
 
 import logging
 import random
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model, make_tokenizer
 from families import SIZES, make_family
 from peft import LoraConfig
@@ -16,6 +19,10 @@ from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach
 from trl_personal.modeling import get_causal_lm
 from trl_personal.prefix_sharing import (
     MODEL_TYPES,
+    PADDING,
+    PREFIX,
+    REJECTED,
+    PackedAttentionMask,
     PackingCost,
     PairPacker,
     PrefixSharing,
@@ -132,6 +139,55 @@ def test_windows_are_of_positions_not_of_columns():
     assert mask[5].tolist() == [0, 1, 1, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("num_virtual_tokens", [0, 2])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_in_blocks_is_that_of_the_whole_mask(seed, window, num_virtual_tokens):
+    """Lengths of all kinds in a batch; few rejected columns (a mask of theirs) and many (a causal block)."""
+    random.seed(seed)
+    numbers = [iter(range(3, 10**6)), iter(range(10**6, 2 * 10**6))]
+    most = 3 if seed % 2 else 9
+    pairs = [
+        (list(islice(numbers[0], random.randint(2, 6))), *(list(islice(n, random.randint(1, most))) for n in numbers))
+        for _ in range(4)
+    ]
+    batch = collate(pairs)
+    packed = pack_pairs(**batch)
+    branches = F.pad(packed.branches, (num_virtual_tokens, 0), value=PREFIX)
+    position_ids = F.pad(packed.position_ids + num_virtual_tokens, (num_virtual_tokens, 0))
+    position_ids[:, :num_virtual_tokens] = torch.arange(num_virtual_tokens)
+    plain = packed_attention_mask(branches, position_ids, window)
+    num_rejected = packed.rejected.shape[1]
+    assert packed.rejected.sum(1).tolist() == packed.branches.eq(REJECTED).sum(1).tolist()
+    row_length = batch["input_ids"].shape[1] - 1 + num_virtual_tokens
+    mask = PackedAttentionMask.make(plain, branches, num_rejected, row_length, window)
+    assert mask.queries.shape[1] == (row_length if 2 * num_rejected > row_length else num_rejected)
+    torch.manual_seed(seed)
+    inputs = [torch.randn(4, heads, branches.shape[1], 8, requires_grad=True) for heads in (4, 2, 2)]
+    is_token = branches.ne(PADDING)[:, None, :, None]
+    outputs, gradients = [], []
+    for kind in (plain, mask):
+        output = F.scaled_dot_product_attention(*inputs, kind, scale=0.5, enable_gqa=True) * is_token
+        outputs.append(output)
+        gradients.append(torch.autograd.grad((output * output.detach().cos()).sum(), inputs))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+def test_sdpa_computes_in_blocks(make_trainer, monkeypatch):
+    """Should transformers hand on another mask, results would be right and slow."""
+    attend, calls = trl_personal.prefix_sharing._attend, []
+    monkeypatch.setattr(
+        trl_personal.prefix_sharing, "_attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
+    )
+    trainer = make_trainer("llama", share_prefix="always", max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    num_layers = trainer.model.config.num_hidden_layers
+    assert len(calls) == 4 * num_layers  # the check, the reference, the user's term and the generic user's
+
+
 def test_long_prompts_are_packed_and_long_answers_are_not():
     cost = PackingCost(num_parameters=22_000_000, attention_width=7 * 512, num_virtual_tokens=10)
     packer = PairPacker(cost)
@@ -142,7 +198,14 @@ def test_long_prompts_are_packed_and_long_answers_are_not():
 
     assert packer(collate([pair(400, 40)])) is not None
     assert packer(collate([pair(60, 600)])) is None
-    assert cost.rows(2, 100) == 2 * 110 * (2 * 22_000_000 + 4 * 3.0 * 7 * 512 * 110)
+    assert cost.separate(100) == 2 * 110 * (2 * 22_000_000 + 4 * 3.0 * 7 * 512 * 110)
+    assert cost.packed(100, 130, 30) == 140 * (2 * 22_000_000 + 4 * 3.0 * 7 * 512 * 140)
+    blocks = replace(cost, has_blocks=True)
+    assert blocks.separate(100) == 2 * 110 * 2 * 22_000_000 + 110**2 * 4 * 3.0 * 7 * 512
+    assert blocks.packed(100, 130, 30) == 140 * 2 * 22_000_000 + (109**2 / 2 + 30 * 109) * 4 * 3.0 * 7 * 512
+    assert blocks.packed(100, 170, 80) == 180 * 2 * 22_000_000 + (109**2 / 2 + 109**2 / 2) * 4 * 3.0 * 7 * 512
+    assert PairPacker(blocks)(collate([pair(60, 600)])) is not None  # no longer in vain
+    assert PairPacker(blocks)(collate([pair(10, 600)])) is None
     assert set(PairPacker(cost, selects=True)(collate([pair(60, 600)]))) == {"scored_columns", "labels", "scores"}
 
 
@@ -256,14 +319,15 @@ def test_quantized_models_share_too(make_trainer, tmp_path):
 
 
 def test_a_model_that_computes_something_else_is_found_out(make_trainer, monkeypatch, caplog):
-    plain = history(make_trainer("llama", share_prefix="never"))
+    eager = {"model_init_kwargs": {"attn_implementation": "eager"}}
+    plain = history(make_trainer("llama", share_prefix="never", **eager))
     wrong = packed_attention_mask
 
     def everything(branches, position_ids, window=None):
         return wrong(branches.clamp(max=1), position_ids)  # rejected sees chosen
 
     monkeypatch.setattr(trl_personal.prefix_sharing, "packed_attention_mask", everything)
-    trainer = make_trainer("llama", share_prefix="always")
+    trainer = make_trainer("llama", share_prefix="always", **eager)
     with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
         found = history(trainer)
     assert sum("differ in log-probability" in message for message in caplog.messages) == 1

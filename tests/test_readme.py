@@ -40,6 +40,7 @@ def trained(tmp_path_factory):
     return folder, outputs
 
 
+@pytest.mark.slow
 def test_two_users_get_the_two_answers_in_the_readme(trained):
     _, (_, printed) = trained
     shown = blocks(PAGES["README.md"], "text")[0]

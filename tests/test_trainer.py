@@ -8,9 +8,21 @@ from datasets import Dataset
 from trl_personal import PersonalizedDPOTrainer
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    ("family", "kind", "lora"),
+    [
+        pytest.param(
+            family,
+            kind,
+            lora,
+            marks=[] if (family == "gptj") == lora and (lora or kind == "individual") else pytest.mark.slow,
+            id=f"{family}-{kind}-{'lora' if lora else 'full'}",
+        )
+        for family in sorted(CONFIGS)
+        for kind in KINDS
+        for lora in (False, True)
+    ],
+)
 def test_conflicting_users_are_told_apart(make_trainer, preferences, family, kind, lora):
     """Every pair occurs with both orders, so a model that does not know users is at one half."""
     trainer = make_trainer(

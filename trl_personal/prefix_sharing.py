@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -60,6 +61,7 @@ class PackedPairs:
             a row of its own, and so are the next two.
         branches (`LongTensor` `(B, W)`, *optional*): `PADDING`, `PREFIX`, `CHOSEN` or `REJECTED`.
         position_ids (`LongTensor` `(B, W)`, *optional*): As in a row of its own.
+        rejected (`BoolTensor` `(B, R)`, *optional*): Of the R columns from the first rejected one on, those of that branch.
     """
 
     scored_columns: Tensor
@@ -68,6 +70,7 @@ class PackedPairs:
     tokens: Tensor | None = None
     branches: Tensor | None = None
     position_ids: Tensor | None = None
+    rejected: Tensor | None = None
 
     def to_dict(self) -> dict[str, Tensor]:
         """As a part of a batch, which moves between devices."""
@@ -120,6 +123,7 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     branches[column < (prefix + in_chosen)[:, None]] = CHOSEN
     branches[column < prefix[:, None]] = PREFIX
     branches[column >= end[:, None]] = PADDING
+    rejected = torch.arange(max(int(in_rejected.max()), 1), device=input_ids.device) < in_rejected[:, None]
     is_rejected, is_token = branches == REJECTED, branches != PADDING
     position_ids = torch.where(is_token, column - is_rejected * in_chosen[:, None], 0)
     row = torch.arange(num_pairs, device=input_ids.device)[:, None] + num_pairs * is_rejected
@@ -134,7 +138,7 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     scored_columns, labels, rank = _scored(is_scored, following)
     index = pair * scored_columns.shape[1] + rank[pair, packed_column.clamp(max=width - 1)]
     scores = torch.where(completion_mask[:, 1:].ne(0) & mask[:, 1:], index, -1)
-    return PackedPairs(scored_columns, labels, scores, tokens, branches, position_ids)
+    return PackedPairs(scored_columns, labels, scores, tokens, branches, position_ids, rejected)
 
 
 def select_scored(completion_mask: Tensor) -> PackedPairs:
@@ -184,6 +188,111 @@ def packed_attention_mask(branches: Tensor, position_ids: Tensor, window: int | 
     return (allowed | torch.eye(width, dtype=torch.bool, device=branches.device))[:, None]
 
 
+class PackedAttentionMask(Tensor):
+    """
+    [`packed_attention_mask`] with which `scaled_dot_product_attention` computes less, in the manner of those of
+    `torch.nn.attention.bias`: prompt and chosen are a causal block of C columns, and the rejected queries see the K columns of
+    prompt and rejected, as a causal block too if they are many. These are about (C^2 + K^2) / 2 scores for each head, not W^2,
+    and a causal block needs no mask. To any other function this is a plain tensor.
+
+    Args:
+        mask (`BoolTensor` `(B, 1, W, W)`): Of [`packed_attention_mask`].
+        branches (`LongTensor` `(B, W)`): As there.
+        num_rejected (`int`): R, at least as many as any row has in that branch.
+        row_length (`int`): At least as many columns as a row of its own has; C is this or W, K is this.
+        window (`int`, *optional*): As there.
+
+    ```python
+    >>> branches, position_ids = torch.tensor([[1, 1, 2, 3, 3]]), torch.tensor([[0, 1, 2, 2, 3]])
+    >>> plain = packed_attention_mask(branches, position_ids)
+    >>> mask = PackedAttentionMask.make(plain, branches, num_rejected=2, row_length=4)
+    >>> x = torch.randn(1, 2, 5, 8)
+    >>> torch.testing.assert_close(
+    ...     F.scaled_dot_product_attention(x, x, x, mask), F.scaled_dot_product_attention(x, x, x, plain)
+    ... )
+
+    ```
+    """
+
+    num_chosen: int
+    queries: Tensor
+    keys: Tensor
+    order: Tensor
+    chosen_mask: Tensor | None
+    rejected_mask: Tensor | None
+
+    @classmethod
+    def make(
+        cls, mask: Tensor, branches: Tensor, num_rejected: int, row_length: int, window: int | None = None
+    ) -> "PackedAttentionMask":
+        """From the plain mask, without waiting for the device."""
+        width, device = branches.shape[1], branches.device
+        self = mask.as_subclass(cls)
+        self.num_chosen = min(row_length, width)
+        prefix = branches.eq(PREFIX).sum(dim=1, keepdim=True)
+        start = prefix + branches.eq(CHOSEN).sum(dim=1, keepdim=True)  # of rejected
+        column = torch.arange(row_length, device=device)
+        self.keys = torch.where(column < prefix, column, start + column - prefix).clamp(max=width - 1)
+        has_all_queries = 2 * num_rejected > row_length  # half of a square is less than R rows of it
+        first = torch.zeros_like(prefix) if has_all_queries else prefix
+        rank = first + torch.arange(row_length if has_all_queries else num_rejected, device=device)
+        self.queries = self.keys if has_all_queries else (start + rank - prefix).clamp(max=width - 1)
+        self.chosen_mask = _band(column[: self.num_chosen], self.num_chosen, window)
+        self.rejected_mask = _band(column, row_length, window)
+        if not has_all_queries:
+            visible = column <= rank[:, :, None]
+            visible = visible if window is None else visible & (rank[:, :, None] - column < window)
+            self.rejected_mask = visible[:, None]
+        column = torch.arange(width, device=device)
+        order = torch.where(column < start, column, self.num_chosen + column - start + prefix - first)
+        self.order = order.clamp(max=self.num_chosen + self.queries.shape[1] - 1)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: PackedAttentionMask, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`scaled_dot_product_attention` with a [`PackedAttentionMask`]: `(B, heads, W, width of a head)`."""
+    dropout_p = args[0] if args else kwargs.pop("dropout_p", 0.0)
+    kwargs.pop("is_causal", None)  # not with a mask
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal=mask is None, **kwargs)
+
+    first = slice(attn_mask.num_chosen)
+    chosen = attend(query[:, :, first], key[:, :, first], value[:, :, first], attn_mask.chosen_mask)
+    rejected = attend(
+        _take(query, attn_mask.queries),
+        _take(key, attn_mask.keys),
+        _take(value, attn_mask.keys),
+        attn_mask.rejected_mask,
+    )
+    return _take(torch.cat([chosen, rejected], dim=2), attn_mask.order)
+
+
+def _take(values: Tensor, columns: Tensor) -> Tensor:
+    """`(B, heads, N, width)` of `(B, heads, W, width)` at `columns` `(B, N)`."""
+    num_rows, width = values.shape[0], values.shape[2]
+    index = columns + width * torch.arange(num_rows, device=columns.device)[:, None]
+    taken = values.transpose(1, 2).flatten(0, 1).index_select(0, index.flatten())
+    return taken.unflatten(0, columns.shape).transpose(1, 2)
+
+
+def _band(column: Tensor, length: int, window: int | None) -> Tensor | None:
+    """Of a causal block, bool `(1, 1, length, length)`, or `None` where the window is not shorter than the block."""
+    if window is None or window >= length:
+        return None
+    distance = column[:, None] - column
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
 def reason_not_to_share(config: PreTrainedConfig) -> str | None:
     """Why prefixes are not shared in this model, or `None` if it is among those known to compute the same."""
     config = config.get_text_config()
@@ -215,6 +324,7 @@ class PrefixSharing:
     def __init__(self, causal_lm: Any) -> None:
         self.config = causal_lm.config.get_text_config()
         self._packed: PackedPairs | None = None
+        self._seq_len = 0  # of a row that is not packed, without soft prompt
         decoder = causal_lm.get_decoder()
         self._handles = [
             causal_lm.register_forward_pre_hook(self._pack, with_kwargs=True, prepend=True),
@@ -238,6 +348,7 @@ class PrefixSharing:
         kwargs["shift_labels"] = labels.masked_fill(self._packed.labels < 0, -100)
         if self._packed.tokens is None:
             return args, kwargs
+        self._seq_len = kwargs["input_ids"].shape[1]
         kwargs["input_ids"] = kwargs["input_ids"].flatten()[self._packed.tokens]
         kwargs["attention_mask"] = self._packed.branches
         kwargs["position_ids"] = self._packed.position_ids
@@ -246,7 +357,7 @@ class PrefixSharing:
         return args, kwargs
 
     def _mask(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self._packed is None or self._packed.tokens is None:
+        if self._packed is None or self._packed.branches is None or self._packed.rejected is None:
             return None
         branches, position_ids = kwargs["attention_mask"], kwargs["position_ids"]
         dtype = next(value.dtype for value in decoder.parameters() if value.is_floating_point())
@@ -258,6 +369,10 @@ class PrefixSharing:
                 mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
                     ~mask, torch.finfo(dtype).min
                 )
+            elif not torch.compiler.is_compiling():
+                num_virtual_tokens = branches.shape[1] - self._packed.branches.shape[1]
+                row_length = num_virtual_tokens + self._seq_len - 1
+                mask = PackedAttentionMask.make(mask, branches, self._packed.rejected.shape[1], row_length, window)
             masks[kind] = mask
         attention_mask = masks if len(masks) > 1 else next(iter(masks.values()))
         return args, {**kwargs, "attention_mask": attention_mask}
@@ -291,12 +406,13 @@ class PrefixSharing:
 @dataclass(frozen=True)
 class PackingCost:
     """
-    When packed rows are cheaper: a count of floating-point operations, with attention to a mask of pairs of columns.
+    When packed rows are cheaper: a count of floating-point operations.
 
     Args:
         num_parameters (`int`): Of the decoder's matrices: two operations each for a token.
-        attention_width (`int`): Layers times width of queries: four operations each for a pair of columns.
+        attention_width (`int`): Layers times width of queries: four operations each for a query and a key.
         num_virtual_tokens (`int`): In front of every row.
+        has_blocks (`bool`): Whether attention goes by [`PackedAttentionMask`], and leaves out what is not seen.
         attention_penalty (`float`): How much longer an operation of attention takes than one of a matrix product.
         margin (`float`): Pack only if it costs less than this share.
     """
@@ -304,19 +420,31 @@ class PackingCost:
     num_parameters: int
     attention_width: int
     num_virtual_tokens: int = 0
+    has_blocks: bool = False
     attention_penalty: float = 3.0
     margin: float = 0.97
 
-    def rows(self, num_rows: int, width: int) -> float:
-        """Cost of `num_rows` of `width` columns of text."""
-        width += self.num_virtual_tokens
-        return num_rows * width * (2 * self.num_parameters + 4 * self.attention_penalty * self.attention_width * width)
+    def operations(self, num_columns: float, num_scores: float) -> float:
+        """For as many columns, and scores of a query and a key."""
+        return 2 * self.num_parameters * num_columns + 4 * self.attention_penalty * self.attention_width * num_scores
+
+    def separate(self, seq_len: int) -> float:
+        """Operations of a pair in two rows of `seq_len` columns of text."""
+        length = seq_len + self.num_virtual_tokens
+        return self.operations(2 * length, length**2 if self.has_blocks else 2 * length**2)
+
+    def packed(self, seq_len: int, width: int, num_rejected: int) -> float:
+        """Operations of a pair in one row of `width` columns of text, at most `num_rejected` of the rejected branch."""
+        length, width = seq_len - 1 + self.num_virtual_tokens, width + self.num_virtual_tokens
+        num_scores = min(length, width) ** 2 / 2 + min(length**2 / 2, num_rejected * length)
+        return self.operations(width, num_scores if self.has_blocks else width**2)
 
     def is_lower_packed(self, seq_len: int, packed: PackedPairs) -> bool:
         """Whether the pairs cost less packed than in two rows of `seq_len` columns."""
         assert packed.tokens is not None
-        num_pairs, width = packed.tokens.shape
-        return self.rows(num_pairs, width) < self.margin * self.rows(2 * num_pairs, seq_len)
+        assert packed.rejected is not None
+        one_row = self.packed(seq_len, packed.tokens.shape[1], packed.rejected.shape[1])
+        return one_row < self.margin * self.separate(seq_len)
 
     @classmethod
     def of_model(cls, causal_lm: Any, num_virtual_tokens: int = 0) -> "PackingCost":
@@ -325,7 +453,8 @@ class PackingCost:
         embedding = causal_lm.get_input_embeddings()
         outside = {id(p) for p in embedding.parameters()}
         num_parameters = sum(p.numel() for p in causal_lm.get_decoder().parameters() if id(p) not in outside)
-        return cls(num_parameters, config.num_hidden_layers * config.hidden_size, num_virtual_tokens)
+        attention_width = config.num_hidden_layers * config.hidden_size
+        return cls(num_parameters, attention_width, num_virtual_tokens, config._attn_implementation == "sdpa")
 
 
 @dataclass(frozen=True)
