@@ -13,10 +13,10 @@ check:  ## lint and types
 	ruff format --check . && ruff check . && mypy
 
 test:  ## the default suite, under 5 minutes on two cores
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest
 
 test-slow:  ## what takes longer, or several processes
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m "slow and not gpu"
+	OMP_NUM_THREADS=1 pytest -m "slow and not gpu"
 
 test-all: test test-slow  ## both
 

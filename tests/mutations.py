@@ -1294,7 +1294,7 @@ def run_tests(root: Path, names: tuple[str, ...]) -> tuple[bool, str]:
         "HF_HUB_OFFLINE": "1",
     }
     files = [f"tests/test_{name}.py" for name in names]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *files]
     try:
         run = subprocess.run(
             command,
