@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import DatasetMixtureConfig, ScriptArguments
 
 import trl_personal
+import trl_personal.modeling
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.cli import dpo, launch, main
 from trl_personal.cli.preferences import load_preferences, select_split
@@ -156,12 +157,8 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["generate"]])
 def test_help_of_the_program_loads_nothing_but_the_standard_library(argv):
-    # the package is replaced by an empty one: this is about `trl_personal.cli`, not about `trl_personal/__init__.py`
     script = f"""
-        import sys, types
-        package = types.ModuleType("trl_personal")
-        package.__path__ = [{str(ROOT / "trl_personal")!r}]
-        sys.modules["trl_personal"] = package
+        import sys
         from trl_personal.cli import main
         try:
             main({argv!r})
@@ -170,7 +167,7 @@ def test_help_of_the_program_loads_nothing_but_the_standard_library(argv):
     """
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert time.perf_counter() - start < 1  # 0.06 s by itself
+    assert time.perf_counter() - start < 2  # 0.1 s by itself
     assert result.stderr.endswith("[]")
 
 

@@ -1,22 +1,28 @@
 """DPO with TRL when every preference belongs to a user."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .collator import DataCollatorForPersonalizedPreference
-from .config import PersonalizedDPOConfig
-from .modeling import AutoPersonalizedModelForCausalLM, attach_user_model, detach_user_model
-from .trainer import PersonalizedDPOTrainer
-from .user_models import (
-    ClusterUserModel,
-    ClusterUserModelConfig,
-    IndividualUserModel,
-    LowRankUserModel,
-    LowRankUserModelConfig,
-    UserModel,
-    UserModelConfig,
-    register_user_model,
-)
-from .user_profile import render_user_profile
-from .users import GENERIC_USER_INDEX, UserVocab
+
+
+if TYPE_CHECKING:
+    from .collator import DataCollatorForPersonalizedPreference
+    from .config import PersonalizedDPOConfig
+    from .modeling import AutoPersonalizedModelForCausalLM, attach_user_model, detach_user_model
+    from .trainer import PersonalizedDPOTrainer
+    from .user_models import (
+        ClusterUserModel,
+        ClusterUserModelConfig,
+        IndividualUserModel,
+        LowRankUserModel,
+        LowRankUserModelConfig,
+        UserModel,
+        UserModelConfig,
+        register_user_model,
+    )
+    from .user_profile import render_user_profile
+    from .users import GENERIC_USER_INDEX, UserVocab
 
 
 __all__ = [
@@ -39,3 +45,30 @@ __all__ = [
     "register_user_model",
     "render_user_profile",
 ]
+
+_MODULES = {
+    "collator": ["DataCollatorForPersonalizedPreference"],
+    "config": ["PersonalizedDPOConfig"],
+    "modeling": ["AutoPersonalizedModelForCausalLM", "attach_user_model", "detach_user_model"],
+    "trainer": ["PersonalizedDPOTrainer"],
+    "user_models": [
+        "ClusterUserModel",
+        "ClusterUserModelConfig",
+        "IndividualUserModel",
+        "LowRankUserModel",
+        "LowRankUserModelConfig",
+        "UserModel",
+        "UserModelConfig",
+        "register_user_model",
+    ],
+    "user_profile": ["render_user_profile"],
+    "users": ["GENERIC_USER_INDEX", "UserVocab"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: torch and TRL take seconds, and the command line's `--help` needs neither."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
