@@ -1160,8 +1160,8 @@ MUTATIONS = [
     Mutation(
         "attention never in blocks",
         "prefix_sharing.py",
-        "elif not torch.compiler.is_compiling():",
-        "elif False:",
+        '_attn_implementation == "sdpa" and not torch.compiler.is_compiling():',
+        '_attn_implementation == "none":',
         ("prefix_sharing",),
     ),
     Mutation(

@@ -160,7 +160,11 @@ def test_attention_in_blocks_is_that_of_the_whole_mask(seed, window, num_virtual
     num_rejected = packed.rejected.shape[1]
     assert packed.rejected.sum(1).tolist() == packed.branches.eq(REJECTED).sum(1).tolist()
     row_length = batch["input_ids"].shape[1] - 1 + num_virtual_tokens
-    mask = PackedAttentionMask.make(plain, branches, num_rejected, row_length, window)
+    mask = PackedAttentionMask.make(branches, position_ids, num_rejected, row_length, window)
+    assert mask.shape == plain.shape
+    with torch._C.DisableTorchFunctionSubclass():
+        assert mask.untyped_storage().nbytes() == 1  # no W x W values
+    assert torch.equal(mask[:, :, :, :], plain)
     assert mask.queries.shape[1] == (row_length if 2 * num_rejected > row_length else num_rejected)
     torch.manual_seed(seed)
     inputs = [torch.randn(4, heads, branches.shape[1], 8, requires_grad=True) for heads in (4, 2, 2)]

@@ -7,13 +7,15 @@ element opens **both** branches (it predicts another token in each), and the las
 is left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
 
@@ -193,11 +195,11 @@ class PackedAttentionMask(Tensor):
     [`packed_attention_mask`] with which `scaled_dot_product_attention` computes less, in the manner of those of
     `torch.nn.attention.bias`: prompt and chosen are a causal block of C columns, and the rejected queries see the K columns of
     prompt and rejected, as a causal block too if they are many. These are about (C^2 + K^2) / 2 scores for each head, not W^2,
-    and a causal block needs no mask. To any other function this is a plain tensor.
+    and a causal block needs no mask. The W^2 values `(B, 1, W, W)` are computed for any other function that reads them.
 
     Args:
-        mask (`BoolTensor` `(B, 1, W, W)`): Of [`packed_attention_mask`].
         branches (`LongTensor` `(B, W)`): As there.
+        position_ids (`LongTensor` `(B, W)`): As there.
         num_rejected (`int`): R, at least as many as any row has in that branch.
         row_length (`int`): At least as many columns as a row of its own has; C is this or W, K is this.
         window (`int`, *optional*): As there.
@@ -205,7 +207,7 @@ class PackedAttentionMask(Tensor):
     ```python
     >>> branches, position_ids = torch.tensor([[1, 1, 2, 3, 3]]), torch.tensor([[0, 1, 2, 2, 3]])
     >>> plain = packed_attention_mask(branches, position_ids)
-    >>> mask = PackedAttentionMask.make(plain, branches, num_rejected=2, row_length=4)
+    >>> mask = PackedAttentionMask.make(branches, position_ids, num_rejected=2, row_length=4)
     >>> x = torch.randn(1, 2, 5, 8)
     >>> torch.testing.assert_close(
     ...     F.scaled_dot_product_attention(x, x, x, mask), F.scaled_dot_product_attention(x, x, x, plain)
@@ -214,6 +216,7 @@ class PackedAttentionMask(Tensor):
     ```
     """
 
+    dense: Callable[[], Tensor]
     num_chosen: int
     queries: Tensor
     keys: Tensor
@@ -223,11 +226,12 @@ class PackedAttentionMask(Tensor):
 
     @classmethod
     def make(
-        cls, mask: Tensor, branches: Tensor, num_rejected: int, row_length: int, window: int | None = None
+        cls, branches: Tensor, position_ids: Tensor, num_rejected: int, row_length: int, window: int | None = None
     ) -> "PackedAttentionMask":
-        """From the plain mask, without waiting for the device."""
-        width, device = branches.shape[1], branches.device
-        self = mask.as_subclass(cls)
+        """For rows of these branches, without waiting for the device."""
+        (num_rows, width), device = branches.shape, branches.device
+        self = torch.zeros((), dtype=torch.bool, device=device).expand(num_rows, 1, width, width).as_subclass(cls)
+        self.dense = partial(packed_attention_mask, branches, position_ids, window)
         self.num_chosen = min(row_length, width)
         prefix = branches.eq(PREFIX).sum(dim=1, keepdim=True)
         start = prefix + branches.eq(CHOSEN).sum(dim=1, keepdim=True)  # of rejected
@@ -250,10 +254,13 @@ class PackedAttentionMask(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
+            return _attend(*args, **kwargs)
+        if func.__name__ not in {"__get__", "size", "dim", "is_floating_point"}:  # those read no values
+            args, kwargs = tree_map_only(cls, lambda mask: mask.dense(), (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
 
 def _attend(
@@ -361,19 +368,18 @@ class PrefixSharing:
             return None
         branches, position_ids = kwargs["attention_mask"], kwargs["position_ids"]
         dtype = next(value.dtype for value in decoder.parameters() if value.is_floating_point())
+        row_length = self._seq_len - 1 + branches.shape[1] - self._packed.branches.shape[1]
         masks: dict[str, Tensor] = {}
         for kind in self._kinds():
             window = self.config.sliding_window if kind == "sliding_attention" else None
-            mask = packed_attention_mask(branches, position_ids, window)
+            if self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
+                num_rejected = self._packed.rejected.shape[1]
+                masks[kind] = PackedAttentionMask.make(branches, position_ids, num_rejected, row_length, window)
+                continue
+            masks[kind] = packed_attention_mask(branches, position_ids, window)
             if self.config._attn_implementation == "eager":  # adds it to the scores
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-                    ~mask, torch.finfo(dtype).min
-                )
-            elif not torch.compiler.is_compiling():
-                num_virtual_tokens = branches.shape[1] - self._packed.branches.shape[1]
-                row_length = num_virtual_tokens + self._seq_len - 1
-                mask = PackedAttentionMask.make(mask, branches, self._packed.rejected.shape[1], row_length, window)
-            masks[kind] = mask
+                hidden = torch.zeros(masks[kind].shape, dtype=dtype, device=branches.device)
+                masks[kind] = hidden.masked_fill(~masks[kind], torch.finfo(dtype).min)
         attention_mask = masks if len(masks) > 1 else next(iter(masks.values()))
         return args, {**kwargs, "attention_mask": attention_mask}
 
