@@ -16,7 +16,7 @@ test:  ## the default suite, under 5 minutes on two cores
 	OMP_NUM_THREADS=1 pytest
 
 test-slow:  ## what takes longer, or several processes
-	OMP_NUM_THREADS=1 pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 pytest --dist loadgroup -m "slow and not gpu"
 
 test-all: test test-slow  ## both
 

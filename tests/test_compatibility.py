@@ -45,6 +45,7 @@ def cell(request, make_trainer, tmp_path):
     return make, family, mode, OUTCOMES[family, mode]
 
 
+@pytest.mark.xdist_group("table")
 @pytest.mark.slow
 def test_train_generate_resume(cell, tmp_path):
     make, family, mode, outcome = cell
@@ -117,6 +118,7 @@ def table(outcomes):
     return "\n".join(lines)
 
 
+@pytest.mark.xdist_group("table")
 @pytest.mark.slow
 def test_the_table_in_the_documentation_is_this_runs(request):
     if len(OUTCOMES) < len(SIZES) * len(MODES):
