@@ -485,7 +485,8 @@ def test_100_000_pairs_take_seconds(tmp_path):
             row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "user_id": f"u{user}"}
             file.write(json.dumps(row) + "\n")
     script = (
-        "import resource, sys, time; import trl_personal.cli.audit; from trl_personal.cli import main; start = time.process_time();"
+        "import resource, sys, time; import trl_personal.cli.audit; from trl_personal.cli import main;"
+        "start = time.process_time();"
         "code = main(['audit', sys.argv[1]]); peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "print(code, time.process_time() - start, peak / 1e6)"
     )
