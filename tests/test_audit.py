@@ -279,6 +279,7 @@ def test_rules_never_see_the_prompts_they_are_scored_on():
     assert all(len(set(folds[prompts == prompt])) == 1 for prompt in range(150))
 
 
+@pytest.mark.slow
 def test_scores_of_a_rule_that_is_certain():
     """One feature decides: for everybody, or half the users against the other half."""
     rng = np.random.default_rng(1)
@@ -449,6 +450,7 @@ def shared_audits():
 
 
 @pytest.mark.parametrize(("name", "num_conflicting"), [("ukpconvarg_workers", 115), ("tulu_human_eval", 21)])
+@pytest.mark.slow
 def test_real_annotators_give_no_evidence_of_room(shared_audits, name, num_conflicting):
     audit = shared_audits(name)
     assert audit.agreement.num_conflicting == num_conflicting
@@ -459,6 +461,7 @@ def test_real_annotators_give_no_evidence_of_room(shared_audits, name, num_confl
 
 
 @pytest.mark.parametrize(("name", "lowest"), [("psoups_style_tulu", 0.90), ("psoups_demos", 0.98)])
+@pytest.mark.slow
 def test_styles_that_conflict_by_construction_give_large_room(shared_audits, name, lowest):
     audit = shared_audits(name)
     assert audit.room.pooled_accuracy.value == pytest.approx(0.5, abs=0.01)

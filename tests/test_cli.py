@@ -827,6 +827,7 @@ def commands_in(page):
         yield block.split("```")[0]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_manual_run_as_written(model_dirs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_dirs["qwen2"], tmp_path / "model")

@@ -114,6 +114,7 @@ def test_planted_preferences_are_a_gain_and_the_files_agree(planted, folders, ca
     assert by_id["ann"]["length_drift"] == pytest.approx((words - reference) / 2)
 
 
+@pytest.mark.slow
 def test_shuffled_ids_are_no_evidence_of_gain_for_a_full_model(folders, model_dirs, capsys):
     out_dir = train(folders, model_dirs, "shuffled")
     common = [out_dir, "--dataset_name", folders / "shuffled", "--batch_size", "32"]

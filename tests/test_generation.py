@@ -274,6 +274,7 @@ def test_padding_without_a_mask_is_found_by_its_id(model, batch):
     assert torch.equal(with_mask, without)
 
 
+@pytest.mark.slow
 def test_a_new_process_writes_the_same_tokens(tmp_path, batch):
     model = personalize(make_model())
     expected = model.generate(**batch, user_ids=USERS, max_new_tokens=NEW_TOKENS, do_sample=False)
