@@ -495,8 +495,13 @@ def test_100_000_pairs_take_seconds(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, str(tmp_path / "large.jsonl")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    code, seconds, gigabytes = map(float, run.stdout.splitlines()[-1].split())
-    assert code == 0
-    assert seconds < 45  # 14 by itself; beside other processes a second of the CPU does less
-    assert gigabytes < 2
+    fastest = math.inf
+    for _ in range(3):  # beside other processes a second of the CPU does less: the fastest run counts
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        code, seconds, gigabytes = map(float, run.stdout.splitlines()[-1].split())
+        assert code == 0
+        assert gigabytes < 2
+        fastest = min(fastest, seconds)
+        if fastest < 20:
+            break
+    assert fastest < 20

@@ -236,20 +236,23 @@ class PackedAttentionMask(Tensor):
         prefix = branches.eq(PREFIX).sum(dim=1, keepdim=True)
         start = prefix + branches.eq(CHOSEN).sum(dim=1, keepdim=True)  # of rejected
         column = torch.arange(row_length, device=device)
-        self.keys = torch.where(column < prefix, column, start + column - prefix).clamp(max=width - 1)
+        keys = torch.where(column < prefix, column, start + column - prefix).clamp(max=width - 1)
         has_all_queries = 2 * num_rejected > row_length  # half of a square is less than R rows of it
         first = torch.zeros_like(prefix) if has_all_queries else prefix
         rank = first + torch.arange(row_length if has_all_queries else num_rejected, device=device)
-        self.queries = self.keys if has_all_queries else (start + rank - prefix).clamp(max=width - 1)
+        queries = keys if has_all_queries else (start + rank - prefix).clamp(max=width - 1)
+        self.keys, self.queries = _flat_index(keys, width), _flat_index(queries, width)
         self.chosen_mask = _band(column[: self.num_chosen], self.num_chosen, window)
-        self.rejected_mask = _band(column, row_length, window)
-        if not has_all_queries:
+        if has_all_queries:
+            self.rejected_mask = _band(column, row_length, window)
+        else:
             visible = column <= rank[:, :, None]
             visible = visible if window is None else visible & (rank[:, :, None] - column < window)
             self.rejected_mask = visible[:, None]
         column = torch.arange(width, device=device)
         order = torch.where(column < start, column, self.num_chosen + column - start + prefix - first)
-        self.order = order.clamp(max=self.num_chosen + self.queries.shape[1] - 1)
+        num_computed = self.num_chosen + queries.shape[1]
+        self.order = _flat_index(order.clamp(max=num_computed - 1), num_computed)
         return self
 
     @classmethod
@@ -284,12 +287,15 @@ def _attend(
     return _take(torch.cat([chosen, rejected], dim=2), attn_mask.order)
 
 
-def _take(values: Tensor, columns: Tensor) -> Tensor:
-    """`(B, heads, N, width)` of `(B, heads, W, width)` at `columns` `(B, N)`."""
-    num_rows, width = values.shape[0], values.shape[2]
-    index = columns + width * torch.arange(num_rows, device=columns.device)[:, None]
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`(B, heads, N, width)` of `(B, heads, W, width)` at the columns of a [`_flat_index`] `(B, N)`."""
     taken = values.transpose(1, 2).flatten(0, 1).index_select(0, index.flatten())
-    return taken.unflatten(0, columns.shape).transpose(1, 2)
+    return taken.unflatten(0, index.shape).transpose(1, 2)
+
+
+def _flat_index(columns: Tensor, width: int) -> Tensor:
+    """Of `columns` `(B, N)` in the rows, put end to end, of a batch `(B, width)`."""
+    return columns + width * torch.arange(columns.shape[0], device=columns.device)[:, None]
 
 
 def _band(column: Tensor, length: int, window: int | None) -> Tensor | None:
@@ -331,7 +337,6 @@ class PrefixSharing:
     def __init__(self, causal_lm: Any) -> None:
         self.config = causal_lm.config.get_text_config()
         self._packed: PackedPairs | None = None
-        self._seq_len = 0  # of a row that is not packed, without soft prompt
         decoder = causal_lm.get_decoder()
         self._handles = [
             causal_lm.register_forward_pre_hook(self._pack, with_kwargs=True, prepend=True),
@@ -355,7 +360,6 @@ class PrefixSharing:
         kwargs["shift_labels"] = labels.masked_fill(self._packed.labels < 0, -100)
         if self._packed.tokens is None:
             return args, kwargs
-        self._seq_len = kwargs["input_ids"].shape[1]
         kwargs["input_ids"] = kwargs["input_ids"].flatten()[self._packed.tokens]
         kwargs["attention_mask"] = self._packed.branches
         kwargs["position_ids"] = self._packed.position_ids
@@ -368,7 +372,8 @@ class PrefixSharing:
             return None
         branches, position_ids = kwargs["attention_mask"], kwargs["position_ids"]
         dtype = next(value.dtype for value in decoder.parameters() if value.is_floating_point())
-        row_length = self._seq_len - 1 + branches.shape[1] - self._packed.branches.shape[1]
+        num_virtual_tokens = branches.shape[1] - self._packed.branches.shape[1]
+        row_length = num_virtual_tokens + self._packed.scores.shape[1]  # the last token of a row is in no packed one
         masks: dict[str, Tensor] = {}
         for kind in self._kinds():
             window = self.config.sliding_window if kind == "sliding_attention" else None
