@@ -3,7 +3,9 @@
 import ast
 import doctest
 import importlib
+import os
 import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +77,19 @@ def test_public_names_are_documented():
         value = getattr(trl_personal, name)
         if callable(value):
             assert value.__doc__, name
+
+
+@pytest.mark.slow
+def test_names_of_tests_are_the_same_in_every_process():
+    """The workers of one run must collect alike: no set in a test's name, or the whole run is refused."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", "--collect-only", "-q", str(Path(__file__).parent)]
+    collected = set()
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        collected.add("".join(line for line in run.stdout.splitlines() if "::" in line))
+    assert len(collected) == 1
+    assert collected.pop().count("::") > 1500
 
 
 def test_package_says_its_version_and_is_typed():

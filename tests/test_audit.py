@@ -303,11 +303,10 @@ def test_which_answer_was_chosen_does_not_change_the_units():
 @pytest.mark.parametrize(
     ("settings", "kinds"),
     [
-        ({"clusters": True, "num_users": 150, "pairs": 12}, {"cluster", "low_rank"}),
-        ({"num_users": 12, "pairs": 200, "taste": 1.5}, {"individual"}),
-        ({"taste": 0.0}, {"none"}),
+        pytest.param({"clusters": True, "num_users": 150, "pairs": 12}, {"cluster", "low_rank"}, id="clusters"),
+        pytest.param({"num_users": 12, "pairs": 200, "taste": 1.5}, {"individual"}, id="many pairs each"),
+        pytest.param({"taste": 0.0}, {"none"}, id="no tastes"),
     ],
-    ids=str,
 )
 def test_recommended_kind(settings, kinds, quick):
     differences, users, prompts = simulate_differences(3, **settings)
