@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from test_loss import BETA, disturb, log_prob_by_hand, reference_log_probs_by_hand, soft_prompt_by_hand
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, render_user_profile
 from trl_personal.by_user import answers_by_user, evaluate_by_user
 from trl_personal.cli.app import main
 from trl_personal.modeling import get_causal_lm
+from trl_personal.user_profile import insert_profile_ids
 
 
 TEMPLATE = "please {profile} and"  # words of the tests' tokenizer
@@ -312,13 +315,128 @@ def test_command_line_takes_a_file_of_profiles(saved, tmp_path, capsys):
     assert "must be a JSON object with a text (or null) for each user id" in capsys.readouterr().err
 
 
+CHATML = (
+    "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+CHAT_TEMPLATES = {
+    "a header for each message": CHATML,
+    "a default system turn": "{% if messages[0].role != 'system' %}<bos>system\nBe kind.<eos>\n{% endif %}" + CHATML,
+    "no headers": CHAT_TEMPLATE,
+    "system turn inside the first message": (
+        "<bos>{% for m in messages %}{% if m.role == 'system' %}[INST] {{ m.content }}\n\n{% elif m.role == 'user' %}"
+        "{% if loop.index0 == 0 or loop.previtem.role != 'system' %}[INST] {% endif %}{{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}<eos>{% endif %}{% endfor %}"
+    ),
+}
+CONVERSATIONS = {
+    "one message": [{"role": "user", "content": "Why?"}],
+    "two turns": [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "And\nyou?"},
+    ],
+    "a system turn": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+}
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """Text and ids are one-to-one."""
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("chat_template", CHAT_TEMPLATES.values(), ids=CHAT_TEMPLATES)
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_profile_in_ids_is_the_one_in_messages(byte_tokenizer, chat_template, messages):
+    if "[INST]" in chat_template and messages[0]["role"] == "system":
+        pytest.skip("a system turn is not told from the message there")
+    byte_tokenizer.chat_template = chat_template
+
+    def encode(messages):
+        return byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    expected = encode(render_user_profile(messages, "Second text.", TEMPLATE))
+    assert insert_profile_ids(encode(messages), "Second text.", TEMPLATE, byte_tokenizer) == expected
+    for nothing in (None, " "):
+        assert insert_profile_ids(encode(messages), nothing, TEMPLATE, byte_tokenizer) == encode(messages)
+
+
+@pytest.mark.parametrize("chat_template", [None, CHATML])
+@pytest.mark.parametrize("bos", ["", "<bos>"])
+def test_profile_in_ids_of_plain_text_is_the_first_line(byte_tokenizer, chat_template, bos):
+    byte_tokenizer.chat_template = chat_template
+    ids = byte_tokenizer(f"{bos}Why is\nthat?")["input_ids"]
+    found = insert_profile_ids(ids, " Five years old.", "Note: {profile}", byte_tokenizer)
+    assert found == byte_tokenizer(f"{bos}Note: Five years old.\nWhy is\nthat?")["input_ids"]
+
+
+def test_profiles_that_cannot_be_put_into_ids_are_refused(byte_tokenizer):
+    last = "{% for m in messages[1:] %}[{{ m.content }}]{% endfor %}{{ messages[0].content }}"
+    byte_tokenizer.chat_template = last
+    with pytest.raises(ValueError, match="does not write a system turn in front"):
+        insert_profile_ids([40], "Five.", TEMPLATE, byte_tokenizer)
+    words = make_tokenizer()
+    with pytest.raises(ValueError, match="makes other ids of the text"):
+        insert_profile_ids([3, 0, 99], "like dogs", TEMPLATE, words)
+
+
+def test_generation_takes_profiles_of_rows(saved):
+    model, tokenizer = AutoPersonalizedModelForCausalLM.from_pretrained(saved), make_tokenizer(add_bos=True)
+    prompts, users, about = (
+        ["the story", "short", "yes i like cats"],
+        ["ann", "bo", None],
+        ["like dogs", None, "like cats"],
+    )
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    options = {"user_ids": users, "do_sample": False, "repetition_penalty": 1.3}
+    found = model.generate(**inputs, user_profiles=about, tokenizer=tokenizer, max_new_tokens=6, **options)
+    rendered = [render_user_profile(*row, TEMPLATE) for row in zip(prompts, about, strict=True)]
+    in_text = tokenizer(rendered, padding=True, return_tensors="pt")
+    expected = model.generate(**in_text, max_new_tokens=6, **options)[:, in_text["input_ids"].shape[1] :]
+    assert in_text["input_ids"].shape[1] > inputs["input_ids"].shape[1]
+    torch.testing.assert_close(found, torch.cat([inputs["input_ids"], expected], dim=1))
+    plain = model.generate(**inputs, max_new_tokens=6, **options)
+    assert not torch.equal(plain[0], found[0])
+    assert torch.equal(plain[1], found[1])
+
+    options["max_length"] = inputs["input_ids"].shape[1] + 6
+    torch.testing.assert_close(
+        model.generate(**inputs, user_profiles=about, tokenizer=tokenizer, **options), found
+    )  # lengths are the caller's
+    one = model.generate(**inputs, user_profiles="like dogs", tokenizer=tokenizer, **options)
+    three = model.generate(**inputs, user_profiles=["like dogs"] * 3, tokenizer=tokenizer, **options)
+    assert torch.equal(one, three)
+
+
+def test_a_pipeline_takes_profiles(saved):
+    model, tokenizer = AutoPersonalizedModelForCausalLM.from_pretrained(saved), make_tokenizer(add_bos=True)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, max_new_tokens=5, do_sample=False)
+    found = write("the story", user_ids="ann", user_profiles="like dogs", tokenizer=tokenizer, return_full_text=False)
+    inputs = tokenizer(render_user_profile("the story", "like dogs", TEMPLATE), return_tensors="pt")
+    ids = model.generate(**inputs, user_ids="ann", max_new_tokens=5, do_sample=False)
+    expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found[0]["generated_text"].split() == expected.split()
+
+
+def test_profiles_at_generation_are_checked(saved):
+    model, tokenizer = AutoPersonalizedModelForCausalLM.from_pretrained(saved), make_tokenizer(add_bos=True)
+    inputs = tokenizer(["the story", "yes short"], return_tensors="pt")
+    with pytest.raises(ValueError, match="needs `tokenizer=`"):
+        model.generate(**inputs, user_profiles=["like dogs", None])
+    with pytest.raises(ValueError, match="has 1 texts for a batch of 2 rows"):
+        model.generate(**inputs, user_profiles=["like dogs"], tokenizer=tokenizer)
+
+
 def test_a_model_without_profiles_refuses_them(make_trainer, tokenizer):
     trainer = make_trainer()
     assert trainer.model.user_profile_template is None
     with pytest.raises(ValueError, match="trained without profiles"):
         answers_by_user(trainer.model, tokenizer, ["the story"], ["ann"], user_profiles=PROFILES)
     inputs = tokenizer(["the story"], return_tensors="pt")
-    with pytest.raises(ValueError, match="render_user_profile"):
+    with pytest.raises(ValueError, match="trained without profiles"):
         trainer.model.generate(**inputs, user_ids=["ann"], user_profiles=["like dogs"])
 
 

@@ -9,7 +9,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
 
 from .modeling import get_causal_lm, is_personalized
-from .user_profile import Prompt, render_user_profile
+from .user_profile import Prompt, render_user_profile, require_template
 from .users import UserId
 
 
@@ -139,12 +139,7 @@ def with_user_profiles(
     """
     if not user_profiles:
         return [prompt for _, prompt in rows]
-    template = get_causal_lm(model).user_profile_template
-    if template is None:
-        raise ValueError(
-            "The model was trained without profiles, so `user_profiles` would be text it has never seen. Leave them out, or "
-            "train with `user_profile_column`."
-        )
+    template = require_template(get_causal_lm(model).user_profile_template)
     bos_token = tokenizer.bos_token
     return [render_user_profile(prompt, user_profiles.get(user_id), template, bos_token) for user_id, prompt in rows]
 

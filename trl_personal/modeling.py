@@ -14,12 +14,14 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -29,6 +31,7 @@ from .files import fingerprint, staged_folder, weight_files
 from .soft_prompt import SoftPromptInsertion, insert_values
 from .user_models import UserModel
 from .user_models.base import CONFIG_FILE, read_user_model_config
+from .user_profile import insert_profile_ids, require_template
 from .users import GENERIC_USER_INDEX, UserId, UserVocab
 
 
@@ -175,6 +178,7 @@ class PersonalizedGeneration(PersonalizedSaving):
         generation_config: GenerationConfig | None = None,
         *,
         user_ids: str | int | Sequence[UserId] | None = None,
+        user_profiles: str | Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -186,22 +190,19 @@ class PersonalizedGeneration(PersonalizedSaving):
             generation_config (`GenerationConfig`, *optional*): As in transformers.
             user_ids (`str`, `int` or a list of them, *optional*): One user per row, or one for all rows. `None` and users
                 who are not in `user_vocab` get the generic user's soft prompt.
-            **kwargs: As in transformers. `max_length` and `min_length` count text tokens only.
+            user_profiles (`str` or a list of them, *optional*): What is known about the user of each row, or `None`, put into
+                the prompts as in training. It needs `tokenizer=`, to read the ids and write them anew.
+            **kwargs: As in transformers. `max_length` and `min_length` count the tokens of `inputs` and new ones only.
 
         Returns:
-            As in transformers: the prompt ids and the new tokens. Virtual tokens do not show.
+            As in transformers: the prompt ids and the new tokens. Virtual tokens and profiles do not show.
 
         Raises:
-            `ValueError`: if `user_ids` is a list of another length than the batch, or for `user_profiles`: a profile goes
-            into the text, with [`render_user_profile`], before that becomes ids.
+            `ValueError`: if `user_ids` or `user_profiles` is a list of another length than the batch; for profiles, if there
+            is no `tokenizer`, if the model was trained without them, or if they cannot be put into ids (rather put them into
+            the text, with [`render_user_profile`]).
         """
         generate = super().generate  # type: ignore[misc]
-        if "user_profiles" in kwargs:
-            raise ValueError(
-                "`generate` gets token ids, and a profile belongs into the text. Put it there before the tokenizer: "
-                "`render_user_profile(prompt, profile, model.user_profile_template)`. (`answers_by_user` and `trl-personal "
-                "generate` take profiles themselves.)"
-            )
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("`generate` for users needs `input_ids`: without text there is no row to put a user in.")
@@ -209,6 +210,10 @@ class PersonalizedGeneration(PersonalizedSaving):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = _mask_from_padding(input_ids, config)
+        callers_ids = input_ids
+        if user_profiles is not None:
+            tokenizer = kwargs.get("tokenizer")
+            input_ids, attention_mask = self._insert_profiles(user_profiles, tokenizer, input_ids, attention_mask)
         user_indices = torch.tensor(self._encode_users(user_ids, input_ids.shape[0]), device=input_ids.device)
         users, of_user = user_indices.unique(return_inverse=True)  # each user's soft prompt is computed once
         with torch.no_grad():
@@ -220,16 +225,43 @@ class PersonalizedGeneration(PersonalizedSaving):
             kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)
         filler = _filler_ids(input_ids, attention_mask, config)
         placeholders = insert_values(torch.where(attention_mask.ne(0), input_ids, filler), token, virtual, filler)
-        view = _CallersView(input_ids, placeholders.shape[1])
+        view = _CallersView(callers_ids, placeholders.shape[1])
         for name in ("max_length", "min_length"):
             length = kwargs.get(name) or getattr(config, name)
             if length:
-                kwargs[name] = length + self.user_model.config.num_virtual_tokens
+                kwargs[name] = length + placeholders.shape[1] - callers_ids.shape[1]
         outputs = generate(placeholders, generation_config, **conditioned, **view.adapt(kwargs))
         if isinstance(outputs, ModelOutput):
             outputs["sequences"] = view.restore(outputs["sequences"])
             return outputs
         return view.restore(outputs)
+
+    def _insert_profiles(
+        self,
+        user_profiles: str | Sequence[str | None],
+        tokenizer: PreTrainedTokenizerBase | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded on the left, with the profile of each row in it."""
+        template = require_template(self.user_profile_template)
+        if tokenizer is None:
+            raise ValueError(
+                "`user_profiles` needs `tokenizer=`: `generate` gets token ids, and a profile belongs into their text."
+            )
+        if isinstance(user_profiles, str):
+            user_profiles = [user_profiles] * input_ids.shape[0]
+        if len(user_profiles) != input_ids.shape[0]:
+            raise ValueError(
+                f"`user_profiles` has {len(user_profiles)} texts for a batch of {input_ids.shape[0]} rows. Give one per row "
+                "(`None` where nothing is known), or a single one for all rows."
+            )
+        rows = [
+            torch.tensor(insert_profile_ids(ids[mask].tolist(), profile, template, tokenizer), device=ids.device)
+            for ids, mask, profile in zip(input_ids, attention_mask.ne(0), user_profiles, strict=True)
+        ]
+        padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        return padded.clamp(min=0), padded.ge(0).long()
 
     def _encode_users(self, user_ids: str | int | Sequence[UserId] | None, batch_size: int) -> list[int]:
         if user_ids is None or isinstance(user_ids, (str, int)):

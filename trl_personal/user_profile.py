@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from datasets.features.features import Value
+from transformers import PreTrainedTokenizerBase
 
 from .user_column import AnyDataset, require_column
 
@@ -78,6 +79,83 @@ def render_user_profile(
     content: Any = prompt[0]["content"]
     merged = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": text}]
     return [{**prompt[0], "content": merged}, *prompt[1:]]
+
+
+def insert_user_profile(text: str, user_profile: str | None, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    [`render_user_profile`] in a prompt that is text already. If it begins as the tokenizer's chat template begins a
+    conversation, the profile goes into its system turn, else it becomes the first line.
+
+    Raises:
+        `ValueError`: for a chat template that writes the system turn elsewhere than at the beginning.
+    """
+    if tokenizer.chat_template is None or not (user_profile or "").strip():
+        return render_user_profile(text, user_profile, template, str(tokenizer.bos_token or ""))
+    first, second = "First text.", "Second text."
+    system, user = {"role": "system", "content": first}, {"role": "user", "content": second}
+
+    def write(*messages: dict[str, Any]) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+
+    def opening(*messages: dict[str, Any]) -> str:
+        """What is in front of the user's text."""
+        return write(*messages).rpartition(second)[0]
+
+    conversation = write(system, user, {"role": "assistant", "content": "Third text."}, user)
+    if not 0 <= conversation.find(first) < conversation.find(second):
+        raise ValueError(
+            "The chat template does not write a system turn in front of the conversation, so that the place of the profile is "
+            "not to be found in token ids. Put it into the messages: `render_user_profile(messages, profile, template)`."
+        )
+    plain, (start, _, end) = opening(user), opening(system, user).partition(first)
+    content, has_end, rest = text.removeprefix(start).partition(end)
+    has_system = text.startswith(start) and has_end and not (len(plain) > len(start) and text.startswith(plain))
+    if has_system and start != plain:  # a default system turn, which `plain` has, gives way to the profile
+        messages = [{"role": "system", "content": content}, user]
+    elif text.startswith(plain):
+        messages, rest = [user], text.removeprefix(plain)
+    else:
+        return render_user_profile(text, user_profile, template, str(tokenizer.bos_token or ""))
+    return opening(*render_user_profile(messages, user_profile, template)) + rest
+
+
+def insert_profile_ids(
+    input_ids: list[int], user_profile: str | None, template: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """
+    [`insert_user_profile`] for token ids.
+
+    Raises:
+        `ValueError`: if the tokenizer does not make the same ids of their text.
+    """
+    if not (user_profile or "").strip():
+        return input_ids
+    text = str(tokenizer.decode(input_ids, clean_up_tokenization_spaces=False))
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    if encode(text) != input_ids:
+        raise ValueError(
+            "The tokenizer makes other ids of the text of a prompt than were given, so that the prompt would change with the "
+            "profile. Put the profile into the text before the tokenizer: `render_user_profile(prompt, profile, template)`."
+        )
+    return encode(insert_user_profile(text, user_profile, template, tokenizer))
+
+
+def require_template(template: str | None) -> str:
+    """
+    The template of a model that was trained with profiles.
+
+    Raises:
+        `ValueError`: if it was trained without.
+    """
+    if template is None:
+        raise ValueError(
+            "The model was trained without profiles, so `user_profiles` would be text it has never seen. Leave them out, or "
+            "train with `user_profile_column`."
+        )
+    return template
 
 
 def check_profile_column(dataset: AnyDataset, column: str, name: str) -> None:
