@@ -538,7 +538,7 @@ MUTATIONS = [
     Mutation(
         "max_length of generate not raised",
         "modeling.py",
-        "kwargs[name] = length + self.user_model.config.num_virtual_tokens",
+        "kwargs[name] = length + placeholders.shape[1] - callers_ids.shape[1]",
         "kwargs[name] = length",
         ("generation",),
     ),
@@ -1255,6 +1255,34 @@ MUTATIONS = [
         "self.user_model(users)[of_user]",
         "self.user_model(users)[of_user.flip(0)]",
         ("generation",),
+    ),
+    Mutation(
+        "profiles show in what is generated",
+        "modeling.py",
+        "_CallersView(callers_ids,",
+        "_CallersView(input_ids,",
+        ("user_profile",),
+    ),
+    Mutation(
+        "lengths count profiles",
+        "modeling.py",
+        "length + placeholders.shape[1] - callers_ids.shape[1]",
+        "length + placeholders.shape[1] - input_ids.shape[1]",
+        ("user_profile",),
+    ),
+    Mutation(
+        "default system turn stays beside the profile",
+        "user_profile.py",
+        "and not (len(plain) > len(start) and text.startswith(plain))",
+        "",
+        ("user_profile",),
+    ),
+    Mutation(
+        "other ids than were given",
+        "user_profile.py",
+        "if encode(text) != input_ids:",
+        "if False:",
+        ("user_profile",),
     ),
 ]
 

@@ -46,9 +46,8 @@ def encode(values: Sequence[T]) -> tuple[IntArray, list[T]]:
     ([0, 1, 0], ['b', 'a'])
     ```
     """
-    index: dict[T, int] = {}
-    codes = np.fromiter((index.setdefault(value, len(index)) for value in values), dtype=np.intp, count=len(values))
-    return codes, list(index)
+    index = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return np.fromiter(map(index.__getitem__, values), dtype=np.intp, count=len(values)), list(index)
 
 
 def compare(

@@ -131,11 +131,15 @@ def find_clusters(points: FloatArray, weights: FloatArray, number: int) -> IntAr
     for _ in range(min(number, len(points))):
         centers = np.concatenate([centers, points[[int(np.argmax(distances))]]])
         distances = heavy * _distances(points, centers).min(axis=1)
+    clusters = _distances(points, centers).argmin(axis=1)
     for _ in range(KMEANS_STEPS):
-        members = np.eye(len(centers))[_distances(points, centers).argmin(axis=1)] * heavy[:, None]
+        members = np.eye(len(centers))[clusters] * heavy[:, None]
         total = members.sum(axis=0)
         centers = np.where(total[:, None] > 0, members.T @ points / np.maximum(total, 1e-9)[:, None], centers)
-    return _distances(points, centers).argmin(axis=1)
+        before, clusters = clusters, _distances(points, centers).argmin(axis=1)
+        if np.array_equal(before, clusters):
+            break
+    return clusters
 
 
 def _distances(points: FloatArray, centers: FloatArray) -> FloatArray:

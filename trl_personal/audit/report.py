@@ -187,10 +187,9 @@ def _drawn_rows(users: IntArray, owned: IntArray, seed: int) -> IntArray:
 
 def _differences(table: PreferenceTable, rows: IntArray) -> FloatArray:
     """Features of the chosen answers minus those of the rejected ones."""
-    prompts = [table.prompt_texts[row] for row in rows]
-    chosen = [table.chosen_texts[row] for row in rows]
-    rejected = [table.rejected_texts[row] for row in rows]
-    return text_features(chosen, prompts) - text_features(rejected, prompts)
+    answers = [text for row in rows for text in (table.chosen_texts[row], table.rejected_texts[row])]
+    features = text_features(answers, [table.prompt_texts[row] for row in rows for _ in range(2)])
+    return features[0::2] - features[1::2]
 
 
 def _audit_users(table: PreferenceTable, rows: IntArray, scores: RoomScores | None) -> tuple[UserAudit, ...]:

@@ -8,9 +8,10 @@ inverse of the regularized covariance of the differences. How much to shrink, an
 on other prompts than those a rule is scored on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,8 @@ TIE = 1e-6  # margins below it are ties, which count as half right
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
-# By held-out folds and one of them: the scores of each candidate, `(num_candidates, num_pairs)`.
-Scores = dict[tuple[tuple[int, ...], int], FloatArray]
+# By held-out folds and one of them: how many pairs of it each candidate gets right, `(num_candidates,)`.
+Right = dict[tuple[tuple[int, ...], int], FloatArray]
 
 
 class Candidate(NamedTuple):
@@ -43,6 +44,13 @@ class Candidate(NamedTuple):
 
     offsets: FloatArray
     evidence: FloatArray | None = None
+
+
+class _UserRule(NamedTuple):
+    """Of a [`Candidate`]: what is added to the pooled rule, `(num_users, num_features)`, and its evidence."""
+
+    weights: NDArray[np.float32]
+    evidence: FloatArray | None
 
 
 # What users share with one another: from the sums of residual * difference over each user's pairs `(num_users, num_features)`,
@@ -103,13 +111,14 @@ class NestedCrossValidation:
         self.folds = folds
         self.num_folds = int(folds.max()) + 1
         self._rows = [np.flatnonzero(folds == fold) for fold in range(self.num_folds)]
+        self._features = [features[rows] for rows in self._rows]
         steps = range(1, self.num_folds if thorough else 2)
         self._others = [[(fold + step) % self.num_folds for step in steps] for fold in range(self.num_folds)]
         scored: dict[tuple[int, ...], set[int]] = {(fold,): {fold} for fold in range(self.num_folds)}
         for fold, others in enumerate(self._others):
             for other in others:
                 scored.setdefault(_pair(fold, other), set()).add(other)
-        self._sets = [self._learn(held_out, sorted(folds)) for held_out, folds in scored.items()]
+        self._sets = {held_out: self._learn(held_out, sorted(folds)) for held_out, folds in scored.items()}
 
     def _learn(self, held_out: tuple[int, ...], scored: Sequence[int]) -> _TrainingSet:
         learned = ~np.isin(self.folds, held_out)
@@ -120,26 +129,33 @@ class NestedCrossValidation:
         residuals = np.where(learned, 1 - self.features @ weights[-1].astype(np.float32), 0).astype(np.float32)
         return _TrainingSet(
             held_out=held_out,
-            margins={f: [self.features[self._rows[f]].astype(np.float64) @ w for w in weights] for f in scored},
+            margins={f: [self._features[f].astype(np.float64) @ w for w in weights] for f in scored},
             residuals=residuals,
             noise=float((residuals.astype(np.float64) ** 2).sum() / max(1, len(x))),
             whitenings=[_inverse_root(products / max(1, len(x)) + ridge * identity) for ridge in COVARIANCE_RIDGES],
         )
 
     @cached_property
-    def _pooled_scores(self) -> Scores:
-        return {(s.held_out, f): np.stack([score(m) for m in s.margins[f]]) for s in self._sets for f in s.margins}
+    def _pooled_right(self) -> Right:
+        return {
+            (held_out, fold): np.array([score(margins).sum() for margins in by_ridge])
+            for held_out, training_set in self._sets.items()
+            for fold, by_ridge in training_set.margins.items()
+        }
 
     @cached_property
     def _pooled_choice(self) -> list[int]:
         """For each fold the ridge that is best on the others; the larger one of equals."""
-        return [_last_best(self._right_elsewhere(self._pooled_scores, fold)) for fold in range(self.num_folds)]
+        return [_last_best(self._right_elsewhere(self._pooled_right, fold)) for fold in range(self.num_folds)]
+
+    def _pooled_scores(self, fold: int) -> FloatArray:
+        return score(self._sets[(fold,)].margins[fold][self._pooled_choice[fold]])
 
     def pooled(self) -> FloatArray:
         """Score `(n,)` of the pooled rule on each pair."""
         scores = np.empty(len(self.folds))
         for fold, rows in enumerate(self._rows):
-            scores[rows] = self._pooled_scores[(fold,), fold][self._pooled_choice[fold]]
+            scores[rows] = self._pooled_scores(fold)
         return scores
 
     def personal(self, users: IntArray, num_users: int, sharing: Sharing | None = None) -> FloatArray:
@@ -151,50 +167,72 @@ class NestedCrossValidation:
             num_users (`int`): Number of users.
             sharing (`Callable`, *optional*): What users share; default: [`share_prior`].
         """
-        by_user = _ByUser(users, num_users)
-        scores: Scores = {}
-        for training_set in self._sets:
-            scores.update(self._user_scores(training_set, by_user, sharing or share_prior))
+        by_user = _ByUser(users, num_users, self.folds)
+        sharing = sharing or share_prior
+        right: Right = {}
+        for held_out, training_set in self._sets.items():
+            if len(held_out) > 1:
+                rules = list(self._user_rules(training_set, by_user, sharing))
+                for fold in training_set.margins:
+                    scores = (self._user_scores(training_set, by_user, fold, rule) for rule in rules)
+                    right[held_out, fold] = np.array([values.sum() for part in scores for values in part])
         result = np.empty(len(users))
         for fold, rows in enumerate(self._rows):
-            pooled = self._pooled_choice[fold]
-            right = self._right_elsewhere(scores, fold)
-            choice = _last_best(right)  # of equals the most shrunken
-            is_better = right[choice] > self._right_elsewhere(self._pooled_scores, fold)[pooled] + TIE
-            result[rows] = scores[(fold,), fold][choice] if is_better else self._pooled_scores[(fold,), fold][pooled]
+            found = self._right_elsewhere(right, fold)
+            choice = _last_best(found)  # of equals the most shrunken
+            pooled = self._right_elsewhere(self._pooled_right, fold)[self._pooled_choice[fold]]
+            if found[choice] > pooled + TIE:
+                result[rows] = self._scores_of_choice(fold, by_user, sharing, choice)
+            else:
+                result[rows] = self._pooled_scores(fold)
         return result
 
-    def _user_scores(self, training_set: _TrainingSet, by_user: "_ByUser", sharing: Sharing) -> Scores:
-        """Scores of all candidates in the folds to be scored."""
+    def _user_rules(self, training_set: _TrainingSet, by_user: "_ByUser", sharing: Sharing) -> Iterator[_UserRule]:
         sums = by_user.sums(training_set.residuals, self.features)
-        num_pairs = by_user.counts(self.folds, training_set.held_out)
-        scores: dict[int, list[FloatArray]] = {fold: [] for fold in training_set.margins}
+        num_pairs = by_user.counts(training_set.held_out)
         for root in training_set.whitenings:
             for candidate in sharing(sums @ root, num_pairs, training_set.noise):
-                weights = (candidate.offsets @ root).astype(np.float32)
-                for fold, margins in training_set.margins.items():
-                    rows = self._rows[fold]
-                    users = by_user.users[rows]
-                    moves = np.einsum("nd,nd->n", self.features[rows], weights[users])
-                    if candidate.evidence is None:
-                        scores[fold].append(score(margins[-1] + moves))
-                        continue
-                    pairs = candidate.evidence[users]
-                    scores[fold] += [score(margins[-1] + moves / (pairs + shrinkage)) for shrinkage in SHRINKAGES]
-        return {(training_set.held_out, fold): np.stack(values) for fold, values in scores.items()}
+                yield _UserRule((candidate.offsets @ root).astype(np.float32), candidate.evidence)
 
-    def _right_elsewhere(self, scores: Scores, fold: int) -> FloatArray:
-        """Sum of the scores of each candidate on the other folds, learned without those and without `fold`."""
-        return np.sum([scores[_pair(fold, other), other].sum(axis=1) for other in self._others[fold]], axis=0)
+    def _user_scores(
+        self, training_set: _TrainingSet, by_user: "_ByUser", fold: int, rule: _UserRule
+    ) -> Iterator[FloatArray]:
+        """Scores in `fold`, of each candidate in `rule`."""
+        users, margins = by_user.users[self._rows[fold]], training_set.margins[fold][-1]
+        moves = np.einsum("nd,nd->n", self._features[fold], rule.weights[users])
+        if rule.evidence is None:
+            yield score(margins + moves)
+            return
+        for shrinkage in SHRINKAGES:
+            yield score(margins + moves / (rule.evidence + shrinkage)[users])
+
+    def _scores_of_choice(self, fold: int, by_user: "_ByUser", sharing: Sharing, choice: int) -> FloatArray:
+        """Scores in `fold` of the candidate `choice`, learned without that fold only."""
+        training_set = self._sets[(fold,)]
+        for rule in self._user_rules(training_set, by_user, sharing):
+            number = 1 if rule.evidence is None else len(SHRINKAGES)
+            if choice < number:
+                return next(islice(self._user_scores(training_set, by_user, fold, rule), choice, None))
+            choice -= number
+        raise IndexError(choice)
+
+    def _right_elsewhere(self, right: Right, fold: int) -> FloatArray:
+        """How many pairs each candidate gets right on the other folds, learned without those and without `fold`."""
+        return np.sum([right[_pair(fold, other), other] for other in self._others[fold]], axis=0)
 
 
 class _ByUser:
     """Sums over the pairs of each user."""
 
-    def __init__(self, users: IntArray, num_users: int) -> None:
+    def __init__(self, users: IntArray, num_users: int, folds: IntArray) -> None:
         self.users = users
         self.num_users = num_users
-        self._order = np.argsort(users, kind="stable")
+        shape = (num_users, int(folds.max()) + 1)
+        places = np.ravel_multi_index((users, folds), shape)
+        self._counts = np.bincount(places, minlength=shape[0] * shape[1]).reshape(shape)
+        self._order = np.argsort(
+            users.astype(np.min_scalar_type(num_users)), kind="stable"
+        )  # small numbers sort faster
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
 
     def sums(self, weights: NDArray[np.float32], values: NDArray[np.float32]) -> FloatArray:
@@ -202,9 +240,9 @@ class _ByUser:
         shape = (self.num_users, len(weights))
         return (csr_matrix((weights[self._order], self._order, self._starts), shape=shape) @ values).astype(np.float64)
 
-    def counts(self, folds: IntArray, held_out: tuple[int, ...]) -> FloatArray:
+    def counts(self, held_out: tuple[int, ...]) -> FloatArray:
         """Pairs that are not held out, `(num_users,)`."""
-        return np.bincount(self.users, weights=~np.isin(folds, held_out), minlength=self.num_users).astype(np.float64)
+        return np.delete(self._counts, held_out, axis=1).sum(axis=1).astype(np.float64)
 
 
 def share_nothing(sums: FloatArray, num_pairs: FloatArray, noise: float) -> list[Candidate]:

@@ -119,7 +119,10 @@ def _count_marks(texts: Sequence[str]) -> dict[str, FloatArray]:
         "capitals": (now >= ord("A")) & (now <= ord("Z")),
         "emoji": now >= FIRST_BYTE_OF_EMOJI,
     }
-    return {name: np.add.reduceat(flags, starts, dtype=np.float64) for name, flags in found.items()}
+    return {
+        name: np.add.reduceat(flags.view(np.uint8), starts, dtype=np.int32).astype(np.float64)
+        for name, flags in found.items()
+    }
 
 
 def _is_any(values: NDArray[np.uint8], characters: bytes) -> NDArray[np.bool_]:
