@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, render_user_profile
 from trl_personal.by_user import answers_by_user, evaluate_by_user
 from trl_personal.cli.app import main
+from trl_personal.evaluate_model import evaluate_model
 from trl_personal.modeling import get_causal_lm
 from trl_personal.user_profile import insert_profile_ids
+from trl_personal.user_report import GENERIC_USER
 
 
 TEMPLATE = "please {profile} and"  # words of the tests' tokenizer
@@ -440,6 +442,28 @@ def test_a_model_without_profiles_refuses_them(make_trainer, tokenizer):
     inputs = tokenizer(["the story"], return_tensors="pt")
     with pytest.raises(ValueError, match="trained without profiles"):
         trainer.model.generate(**inputs, user_ids=["ann"], user_profiles=["like dogs"])
+
+
+def test_evaluated_answers_are_to_prompts_with_profiles(saved, profiled, model_dirs):
+    options = {"max_new_tokens": 5, "do_sample": False}
+    blank_first = profiled.select([7, *range(7)])  # a row without the profile that others of the user have
+    evaluation = evaluate_model(
+        str(saved),
+        blank_first,
+        ref_model=model_dirs["llama"],
+        num_generate=2,
+        generate_kwargs=options,
+        disable_tqdm=True,
+    )
+    model, tokenizer = AutoPersonalizedModelForCausalLM.from_pretrained(saved), make_tokenizer(add_bos=True)
+    prompts = [sample["prompt"] for sample in evaluation.samples]
+    found = {
+        user: [sample["answers"][user or GENERIC_USER] for sample in evaluation.samples]
+        for user in ("ann", "bo", None)
+    }
+    expected = answers_by_user(model, tokenizer, prompts, ["ann", "bo", None], user_profiles=PROFILES, **options)
+    assert found == expected
+    assert expected != answers_by_user(model, tokenizer, prompts, ["ann", "bo", None], **options)
 
 
 def test_a_resumed_run_equals_a_straight_one(train):

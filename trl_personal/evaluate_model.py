@@ -70,7 +70,8 @@ def evaluate_model(
         opposite_column (`str`, *optional*): Column with the preference of each row's user: the swapped prompt is then that
             of a user of another preference, and the map of users is colored by it. Default: the next known user.
         settings (`Mapping`, *optional*): Settings such as `beta`, instead of those found in the folder.
-        num_generate (`int`, *optional*, defaults to `0`): Prompts of `dataset` that every known user gets an answer to.
+        num_generate (`int`, *optional*, defaults to `0`): Prompts of `dataset` that every known user gets an answer to, with
+            the user's first profile there if the training had profiles.
         generate_kwargs (`Mapping`, *optional*): Of `model.generate`.
         batch_size (`int`, *optional*, defaults to `8`): Pairs, or answers, at a time.
         confidence (`float`, *optional*, defaults to `0.95`): Of the intervals.
@@ -250,10 +251,16 @@ def _generate(
         raise ValueError(f"Answers need a `prompt` column; found {sorted(dataset.column_names)}.")
     tokenizer = trainer._tokenizer
     prompts = list({str(prompt): prompt for prompt in dataset["prompt"]}.values())[:num_prompts]
-    seen = dict.fromkeys(iterate_user_ids(dataset, column, "evaluation"))
-    users: list[UserId] = [*(user for user in seen if user is not None and user in trainer.user_vocab), None]
+    profile_column = trainer.args.user_profile_column
+    texts = [None] * len(dataset) if profile_column is None else dataset[profile_column]
+    profiles: dict[str, str | None] = {}
+    for user_id, profile in zip(iterate_user_ids(dataset, column, "evaluation"), texts, strict=True):
+        if user_id is not None and not (profiles.get(user_id) or "").strip():
+            profiles[user_id] = profile
+    users: list[UserId] = [*(user_id for user_id in profiles if user_id in trainer.user_vocab), None]
     options = {"batch_size": batch_size} | generate_kwargs
-    answers = answers_by_user(trainer.model, tokenizer, prompts, users, **options)
+    known = {} if profile_column is None else profiles
+    answers = answers_by_user(trainer.model, tokenizer, prompts, users, user_profiles=known, **options)
     detach_user_model(trainer.model)
     if trainer.ref_model is not None:
         reference = answers_by_user(trainer.ref_model, tokenizer, prompts, [None], **options)[None]
