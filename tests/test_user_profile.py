@@ -355,14 +355,15 @@ def byte_tokenizer():
 @pytest.mark.parametrize("chat_template", CHAT_TEMPLATES.values(), ids=CHAT_TEMPLATES)
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_profile_in_ids_is_the_one_in_messages(byte_tokenizer, chat_template, messages):
-    if "[INST]" in chat_template and messages[0]["role"] == "system":
-        pytest.skip("a system turn is not told from the message there")
     byte_tokenizer.chat_template = chat_template
 
     def encode(messages):
         return byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
-    expected = encode(render_user_profile(messages, "Second text.", TEMPLATE))
+    with_profile = render_user_profile(messages, "Second text.", TEMPLATE)
+    if "[INST]" in chat_template and messages[0]["role"] == "system":  # is not told from the message there
+        with_profile[0]["content"] = "please Second text. and\n\nBe brief."
+    expected = encode(with_profile)
     assert insert_profile_ids(encode(messages), "Second text.", TEMPLATE, byte_tokenizer) == expected
     for nothing in (None, " "):
         assert insert_profile_ids(encode(messages), nothing, TEMPLATE, byte_tokenizer) == encode(messages)
