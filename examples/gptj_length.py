@@ -60,6 +60,7 @@ class ScriptArguments:
     top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens to sample answers from."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "On tokens of the post and the answer."})
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "No n-gram of this size comes twice; 0 for any."})
+    num_threads: int = field(default=2, metadata={"help": "Of the CPU; `accelerate launch` alone leaves one."})
 
 
 def warm_up(dataset, script_args, training_args):
@@ -99,6 +100,7 @@ def warm_up(dataset, script_args, training_args):
 
 def main(script_args, training_args, model_args):
     start, output_dir, console = time.time(), Path(training_args.output_dir), Console()
+    torch.set_num_threads(script_args.num_threads)
     disable_progress_bars()
     set_seed(training_args.seed)
     path = script_args.dataset_path

@@ -14,7 +14,7 @@ SCRIPT = ROOT / "examples" / "gptj_length.py"
 
 def run(folder, *arguments, launcher=(sys.executable,)):
     env = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") and str(ROOT)}
-    command = [*launcher, str(SCRIPT), "--output_dir", str(folder / "out"), *arguments]
+    command = [*launcher, str(SCRIPT), "--output_dir", str(folder / "out"), "--num_threads", "1", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads((folder / "out/results.json").read_text())
