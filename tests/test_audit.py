@@ -322,6 +322,16 @@ def test_clusters_are_found():
     assert len({*zip(truth.tolist(), clusters.tolist(), strict=True)}) == 3
 
 
+def test_clusters_are_searched_until_nothing_moves():
+    """Each point is nearest to the weighted mean of its own cluster, which the first guess is not."""
+    rng = np.random.default_rng(0)
+    points, weights = 2 * np.eye(3)[rng.integers(3, size=200)] + rng.normal(size=(200, 3)), 1 + rng.random(200)
+    clusters = find_clusters(points, weights, number=3)
+    centers = np.stack([np.average(points[clusters == c], axis=0, weights=weights[clusters == c]) for c in range(3)])
+    distances = ((points[:, None] - centers) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(distances.argmin(axis=1), clusters)
+
+
 def test_spread_of_tastes_by_hand():
     """100 users with 200 pairs each: half take more of the first feature in 9 of 10 pairs, half in 1; chance otherwise."""
     rng = np.random.default_rng(0)
