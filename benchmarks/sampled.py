@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from gptj_length import SMALL_RUN, warm_up
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
-from trl_personal.by_user import evaluate_by_user, opposite_users
 from trl_personal.data import make_length_preferences
+from trl_personal.evaluation.answers import evaluate_by_user, opposite_users
 
 
 def train(model, tokenizer, dataset, seed, output_dir, **settings):

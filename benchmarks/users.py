@@ -30,7 +30,7 @@ from measure import (
 from peft import LoraConfig
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer, UserModel, UserVocab
-from trl_personal.modeling import load_user_model
+from trl_personal.models.loading import load_user_model
 from trl_personal.user_models import get_user_model_class
 from trl_personal.user_models.memory import training_bytes
 

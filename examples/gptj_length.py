@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, GPT2Tokenizer, GPTJConfig, GPTJForCausal
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
-from trl_personal.by_user import answers_by_user, evaluate_by_user, opposite_users
 from trl_personal.data import load_tldr, make_length_preferences
-from trl_personal.plots import plot_length_by_user
-from trl_personal.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
+from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user, opposite_users
+from trl_personal.evaluation.plots import plot_length_by_user
+from trl_personal.evaluation.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise

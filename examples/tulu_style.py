@@ -29,11 +29,11 @@ from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCaus
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
-from trl_personal.by_user import answers_by_user, evaluate_by_user
 from trl_personal.data import load_psoups, make_style_preferences
 from trl_personal.data.psoups import STYLES, opposite_style
-from trl_personal.plots import plot_accuracy_by_user
-from trl_personal.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
+from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user
+from trl_personal.evaluation.plots import plot_accuracy_by_user
+from trl_personal.evaluation.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise

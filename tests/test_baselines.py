@@ -4,7 +4,7 @@ import pytest
 from conftest import make_tokenizer
 from datasets import Dataset
 
-from trl_personal.baselines import check_baselines, with_earlier_choices, with_user_id_text
+from trl_personal.evaluation.baselines import check_baselines, with_earlier_choices, with_user_id_text
 
 
 TRAIN = Dataset.from_list(

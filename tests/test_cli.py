@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import DatasetMixtureConfig, ScriptArguments
 
 import trl_personal
-import trl_personal.modeling
+import trl_personal.models.loading
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.cli import dpo, launch, main
 from trl_personal.cli.preferences import load_preferences, select_split
@@ -405,9 +405,9 @@ def wide_model(tmp_path):
 
 def test_4bit_and_lora(command, wide_model, tmp_path, monkeypatch):
     loaded = []
-    attach = trl_personal.modeling.attach_user_model
+    attach = trl_personal.models.loading.attach_user_model
     monkeypatch.setattr(
-        trl_personal.modeling, "attach_user_model", lambda m, *args: (loaded.append(m), attach(m, *args))
+        trl_personal.models.loading, "attach_user_model", lambda m, *args: (loaded.append(m), attach(m, *args))
     )
     out = str(tmp_path / "out")
     assert main([*command, *flags(model_name_or_path=wide_model, output_dir=out), *LORA, "--load_in_4bit"]) == 0

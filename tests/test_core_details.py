@@ -25,8 +25,8 @@ from trl_personal import (
     detach_user_model,
     files,
 )
-from trl_personal.modeling import check_fingerprints
-from trl_personal.reference_cache import rows_fingerprint
+from trl_personal.models.loading import check_fingerprints
+from trl_personal.training.reference_cache import rows_fingerprint
 from trl_personal.user_models.initialization import soft_prompt_drawer
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_personal import PersonalizedDPOTrainer
-from trl_personal.modeling import get_causal_lm
+from trl_personal.models.saving import get_base_model
 
 
 BETA = 0.3
@@ -46,7 +46,7 @@ def token_log_probs(causal_lm, example, name, soft_prompt=None):
 
 def by_hand(trainer, example, user):
     """(chosen, rejected) tokens' log-probabilities under policy and reference, and the WPO weight of the pair."""
-    causal_lm = get_causal_lm(trainer.model)
+    causal_lm = get_base_model(trainer.model)
     soft_prompt = soft_prompt_by_hand(trainer.user_model, user)
     policy, weight = [], 1.0
     for name in ("chosen_ids", "rejected_ids"):

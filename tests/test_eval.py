@@ -10,7 +10,7 @@ from conftest import WORDS
 from datasets import Dataset
 
 from trl_personal.cli import main
-from trl_personal.evaluate_model import evaluate_model
+from trl_personal.evaluation.evaluate import evaluate_model
 
 
 USERS = {"ann": "shorter", "bo": "longer", "cy": "shorter", "di": "longer", "ed": "longer"}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_personal.evaluation import UserAccuracy, pair_margins, swapped_user_indices
+from trl_personal.training.user_metrics import UserAccuracy, pair_margins, swapped_user_indices
 
 
 def test_margin_is_the_difference_of_log_ratios():

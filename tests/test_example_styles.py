@@ -12,8 +12,8 @@ from conftest import ROOT, SHARED_DATA, load_example
 from trl import ModelConfig
 
 from trl_personal import PersonalizedDPOConfig
-from trl_personal.plots import plot_accuracy_by_user
-from trl_personal.user_report import summarize_users
+from trl_personal.evaluation.plots import plot_accuracy_by_user
+from trl_personal.evaluation.user_report import summarize_users
 
 
 FEW_STEPS = ("--sft_steps", "2", "--max_steps", "2", "--num_prompts", "2", "--max_new_tokens", "4")

@@ -10,7 +10,7 @@ from conftest import CONFIGS, KINDS
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from trl_personal.modeling import get_causal_lm
+from trl_personal.models.saving import get_base_model
 
 
 BOS = 1
@@ -67,7 +67,7 @@ def reference_log_probs_by_hand(trainer, examples):
                 for e in examples
             ]
         with trainer.model.disable_adapter():
-            causal_lm = get_causal_lm(trainer.model)
+            causal_lm = get_base_model(trainer.model)
             return [
                 [log_prob_by_hand(causal_lm, e["prompt_ids"], e[name]) for name in ("chosen_ids", "rejected_ids")]
                 for e in examples
@@ -75,7 +75,7 @@ def reference_log_probs_by_hand(trainer, examples):
 
 
 def loss_by_hand(trainer, examples, alpha):
-    causal_lm, vocab = get_causal_lm(trainer.model), list(trainer.user_vocab)
+    causal_lm, vocab = get_base_model(trainer.model), list(trainer.user_vocab)
     references = reference_log_probs_by_hand(trainer, examples)
     terms = []
     for example, (ref_chosen, ref_rejected) in zip(examples, references, strict=True):
@@ -147,7 +147,7 @@ def test_metrics_of_the_two_terms_are_kept_apart(make_trainer):
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch)
     metrics = trainer._metrics["train"]
-    causal_lm = get_causal_lm(trainer.model)
+    causal_lm = get_base_model(trainer.model)
     for prefix, users in (("", [1, 0, 0, 2]), ("generic/", [0, 0, 0, 0])):
         chosen = [
             log_prob_by_hand(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_personal.margins import score_pairs
+from trl_personal.evaluation.scoring import score_pairs
 
 
 def sum_of_log_probs(model, row, answer, **kwargs):

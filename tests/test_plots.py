@@ -6,10 +6,10 @@ import torch
 from matplotlib.image import imread
 
 from trl_personal import UserVocab
-from trl_personal.plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
-from trl_personal.plots.user_map import _components
+from trl_personal.evaluation.plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
+from trl_personal.evaluation.plots.user_map import _components
+from trl_personal.evaluation.verdict import evaluate_margins
 from trl_personal.user_models import get_user_model_class
-from trl_personal.verdict import evaluate_margins
 
 
 LOG = [{"step": step, "loss": 1 / step, "rewards/accuracies": 0.5} for step in range(1, 100)]

@@ -14,10 +14,10 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl.trainer.utils import add_fused_lm_head
 
-import trl_personal.prefix_sharing
+import trl_personal.training.prefix_sharing
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
-from trl_personal.modeling import get_causal_lm
-from trl_personal.prefix_sharing import (
+from trl_personal.models.saving import get_base_model
+from trl_personal.training.prefix_sharing import (
     MODEL_TYPES,
     PADDING,
     PREFIX,
@@ -180,9 +180,11 @@ def test_attention_in_blocks_is_that_of_the_whole_mask(seed, window, num_virtual
 
 def test_sdpa_computes_in_blocks(make_trainer, monkeypatch):
     """Should transformers hand on another mask, results would be right and slow."""
-    attend, calls = trl_personal.prefix_sharing._attend, []
+    attend, calls = trl_personal.training.prefix_sharing._attend, []
     monkeypatch.setattr(
-        trl_personal.prefix_sharing, "_attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
+        trl_personal.training.prefix_sharing,
+        "_attend",
+        lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs),
     )
     trainer = make_trainer("llama", share_prefix="always", max_steps=1)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -218,7 +220,7 @@ def test_other_families_train_unpacked_and_say_so_once(family, make_trainer, tmp
     make_family(family).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     model = {"model": str(tmp_path / "model")}
-    with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
+    with caplog.at_level(logging.WARNING, "trl_personal.training.dpo"):
         trainer = make_trainer(trainer_kwargs=model, precompute_ref_log_probs=True)
         trainer.train()
     assert sum("do not share the tokens of their prompt" in message for message in caplog.messages) == 1
@@ -267,7 +269,7 @@ def test_the_decoder_gets_one_row_for_a_pair(lora, make_trainer):
     trainer = make_trainer("llama", lora=lora, share_prefix="always", max_steps=1)
     trainer.current_gradient_accumulation_steps = 1
     shapes = []
-    get_causal_lm(trainer.model).get_decoder().layers[0].register_forward_pre_hook(
+    get_base_model(trainer.model).get_decoder().layers[0].register_forward_pre_hook(
         lambda layer, args: shapes.append(args[0].shape[:2]) if torch.is_grad_enabled() else None
     )
     batch = next(iter(trainer.get_train_dataloader()))
@@ -298,7 +300,7 @@ def test_the_check_draws_nothing_at_random(make_trainer, tmp_path, caplog):
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     state = torch.get_rng_state()
-    with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
+    with caplog.at_level(logging.WARNING, "trl_personal.training.dpo"):
         trainer._check_packing(trainer.model, batch)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer._packer is not None
@@ -330,9 +332,9 @@ def test_a_model_that_computes_something_else_is_found_out(make_trainer, monkeyp
     def everything(branches, position_ids, window=None):
         return wrong(branches.clamp(max=1), position_ids)  # rejected sees chosen
 
-    monkeypatch.setattr(trl_personal.prefix_sharing, "packed_attention_mask", everything)
+    monkeypatch.setattr(trl_personal.training.prefix_sharing, "packed_attention_mask", everything)
     trainer = make_trainer("llama", share_prefix="always", **eager)
-    with caplog.at_level(logging.WARNING, "trl_personal.trainer"):
+    with caplog.at_level(logging.WARNING, "trl_personal.training.dpo"):
         found = history(trainer)
     assert sum("differ in log-probability" in message for message in caplog.messages) == 1
     assert_same_history(found, plain, tolerance=0)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from trl_personal import AutoPersonalizedModelForCausalLM
-from trl_personal.modeling import get_causal_lm
+from trl_personal.models.saving import get_base_model
 
 
 QUANTIZATIONS = {
@@ -166,4 +166,4 @@ def test_a_quantized_instance_can_be_passed(make_trainer, model_dir):
         trainer_kwargs={"model": model, "peft_config": lora, "processing_class": make_tokenizer(add_bos=True)}
     )
     trainer.train()
-    assert get_causal_lm(trainer.model) is model
+    assert get_base_model(trainer.model) is model

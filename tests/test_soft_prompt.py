@@ -14,7 +14,7 @@ from trl_personal import (
     attach_user_model,
     detach_user_model,
 )
-from trl_personal.soft_prompt import insert_position_ids, source_columns
+from trl_personal.models.soft_prompt import insert_position_ids, source_columns
 
 
 NUM_VIRTUAL_TOKENS = 3

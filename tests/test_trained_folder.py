@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from trl_personal.margins import score_pairs
-from trl_personal.saved_settings import read_log_history, read_training_settings
-from trl_personal.trained_folder import make_scoring_trainer
+from trl_personal.evaluation.saved_settings import read_log_history, read_training_settings
+from trl_personal.evaluation.scoring import score_pairs
+from trl_personal.evaluation.trained_model import make_scoring_trainer
 
 
 SETTINGS = {"beta": 0.3, "max_length": 12, "ld_alpha": 0.5, "max_steps": 3, "learning_rate": 0.02}

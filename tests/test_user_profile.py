@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, render_user_profile
-from trl_personal.by_user import answers_by_user, evaluate_by_user
 from trl_personal.cli.app import main
-from trl_personal.evaluate_model import evaluate_model
-from trl_personal.modeling import get_causal_lm
+from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user
+from trl_personal.evaluation.evaluate import evaluate_model
+from trl_personal.evaluation.user_report import GENERIC_USER
+from trl_personal.models.saving import get_base_model
 from trl_personal.user_profile import insert_profile_ids
-from trl_personal.user_report import GENERIC_USER
 
 
 TEMPLATE = "please {profile} and"  # words of the tests' tokenizer
@@ -60,7 +60,7 @@ def train(make_trainer, profiled):
 
 def loss_by_hand(trainer, examples, user_prompts, alpha):
     """The user's term on `user_prompts`, the generic term and the reference on the plain ones."""
-    causal_lm, vocab = get_causal_lm(trainer.model), list(trainer.user_vocab)
+    causal_lm, vocab = get_base_model(trainer.model), list(trainer.user_vocab)
     references = reference_log_probs_by_hand(trainer, examples)
     losses = []
     for example, user_prompt, (ref_chosen, ref_rejected) in zip(examples, user_prompts, references, strict=True):

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from trl_personal.agreement import compare, majority_agreement, measure_agreement
-from trl_personal.cluster_bootstrap import cluster_mean, cluster_share
-from trl_personal.personalization_report import personalization_table, scorers_of
-from trl_personal.verdict import calibration_error, evaluate_margins
+from trl_personal.evaluation.report import personalization_table, scorers_of
+from trl_personal.evaluation.verdict import calibration_error, evaluate_margins
+from trl_personal.intervals import cluster_mean, cluster_share
 
 
 NUM_FEATURES = 6

@@ -7,10 +7,11 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
-    from .collator import DataCollatorForPersonalizedPreference
-    from .config import PersonalizedDPOConfig
-    from .modeling import AutoPersonalizedModelForCausalLM, attach_user_model, detach_user_model
-    from .trainer import PersonalizedDPOTrainer
+    from .models.attach import attach_user_model, detach_user_model
+    from .models.loading import AutoPersonalizedModelForCausalLM
+    from .training.collator import DataCollatorForPersonalizedPreference
+    from .training.config import PersonalizedDPOConfig
+    from .training.dpo import PersonalizedDPOTrainer
     from .user_models import (
         ClusterUserModel,
         ClusterUserModelConfig,
@@ -47,10 +48,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "collator": ["DataCollatorForPersonalizedPreference"],
-    "config": ["PersonalizedDPOConfig"],
-    "modeling": ["AutoPersonalizedModelForCausalLM", "attach_user_model", "detach_user_model"],
-    "trainer": ["PersonalizedDPOTrainer"],
+    "training.collator": ["DataCollatorForPersonalizedPreference"],
+    "training.config": ["PersonalizedDPOConfig"],
+    "models.attach": ["attach_user_model", "detach_user_model"],
+    "models.loading": ["AutoPersonalizedModelForCausalLM"],
+    "training.dpo": ["PersonalizedDPOTrainer"],
     "user_models": [
         "ClusterUserModel",
         "ClusterUserModelConfig",

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer, UserModel
-from trl_personal.modeling import full_user_state, get_causal_lm, set_user_state
+from trl_personal.models.saving import full_user_state, get_base_model, set_user_state
 
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -43,7 +43,7 @@ def main(model, rows, output_dir, batch_size, lora=False):
     )
     num_sharded = 0
     if world_size > 1:
-        for layer in get_causal_lm(trainer.model).get_decoder().layers:
+        for layer in get_base_model(trainer.model).get_decoder().layers:
             fully_shard(layer)
         fully_shard(trainer.model)
         parameters = dict(trainer.model.named_parameters())

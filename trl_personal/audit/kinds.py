@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cluster_bootstrap import cluster_mean
+from ..intervals import cluster_mean
 from .room import SIGNIFICANCE, Room, cross_validate
 from .rules import Candidate, Sharing, share_nothing
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cluster_bootstrap import Interval, cluster_mean, cluster_share
+from ..intervals import Interval, cluster_mean, cluster_share
 from .rules import NestedCrossValidation, split_prompts
 
 

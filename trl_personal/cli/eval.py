@@ -12,8 +12,8 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_pr
 from rich.console import Console
 from trl import DatasetMixtureConfig, ScriptArguments
 
-from ..evaluate_model import ModelEvaluation, evaluate_model
-from ..personalization_report import personalization_table
+from ..evaluation.evaluate import ModelEvaluation, evaluate_model
+from ..evaluation.report import personalization_table
 from .model_folder import check_model_name
 from .preferences import Splits, load_preferences, select_split
 from .quantization import quantization_config

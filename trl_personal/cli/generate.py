@@ -16,8 +16,8 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import AutoPersonalizedModelForCausalLM
-from ..by_user import as_messages, encode_prompts, with_user_profiles
-from ..trained_folder import processor_name
+from ..evaluation.answers import as_messages, encode_prompts, with_user_profiles
+from ..evaluation.trained_model import processor_name
 from .model_folder import check_model_name
 from .quantization import quantization_config
 from .requests import Prompt, read_prompts, read_user_profiles, read_users

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from .. import UserVocab, __version__
 from ..files import read_json, weight_files
-from ..modeling import USER_MODEL_FOLDER, check_fingerprints
+from ..models.loading import check_fingerprints
+from ..models.saving import USER_MODEL_FOLDER
 from ..user_models.base import WEIGHTS_FILE, read_user_model_config
 from .arguments import PROG
 from .model_folder import folder_without_weights

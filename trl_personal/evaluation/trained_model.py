@@ -10,13 +10,15 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoProcessor, PrinterCallback
 
-from . import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, PersonalizedDPOTrainer
-from .files import read_json
-from .modeling import find_user_model, get_causal_lm, is_adapter, is_personalized, load_language_model
+from .. import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, PersonalizedDPOTrainer
+from ..files import read_json
+from ..models.attach import is_personalized
+from ..models.loading import find_user_model, is_adapter, load_language_model
+from ..models.saving import get_base_model
+from ..user_column import iterate_user_ids
+from ..user_models import UserModel
+from ..users import UserVocab
 from .saved_settings import SCORING
-from .user_column import iterate_user_ids
-from .user_models import UserModel
-from .users import UserVocab
 
 
 def make_scoring_trainer(
@@ -30,14 +32,14 @@ def make_scoring_trainer(
     **model_kwargs: Any,
 ) -> PersonalizedDPOTrainer:
     """
-    The model in a folder that training wrote, in a [`PersonalizedDPOTrainer`] for [`~margins.score_pairs`].
+    The model in a folder that training wrote, in a [`PersonalizedDPOTrainer`] for [`~evaluation.scoring.score_pairs`].
 
     `trainer.train_dataset` is `dataset`, prepared. The reference is the base model of an adapter, without it, or `ref_model`.
 
     Args:
         name (`str`): A folder or a repository, with a `user_model/` or without.
         dataset (`Dataset`): Pairs to score.
-        settings (`Mapping`): From [`~saved_settings.read_training_settings`]; what is missing has TRL's defaults.
+        settings (`Mapping`): From [`~evaluation.saved_settings.read_training_settings`]; what is missing has TRL's defaults.
         ref_model (`str`, *optional*): The model that training started from; needed for a full model, whose files do not say.
         batch_size (`int`, *optional*, defaults to `8`): Pairs at a time.
         disable_tqdm (`bool`, *optional*): No progress bars.
@@ -56,8 +58,8 @@ def make_scoring_trainer(
     user_settings: dict[str, Any] = {"user_model_kind": "none"}
     vocab: UserVocab | None = None
     if is_personalized(model):
-        user_model: UserModel = get_causal_lm(model).user_model
-        vocab = get_causal_lm(model).user_vocab
+        user_model: UserModel = get_base_model(model).user_model
+        vocab = get_base_model(model).user_vocab
         user_settings = {
             "user_model_kind": user_model.kind,
             "num_virtual_tokens": user_model.config.num_virtual_tokens,

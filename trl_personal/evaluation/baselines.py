@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftConfig
 from rich.progress import track
 from transformers import AutoProcessor, PrinterCallback
 
-from . import PersonalizedDPOConfig, PersonalizedDPOTrainer
-from .margins import ScoredPairs, score_pairs
-from .modeling import is_adapter
+from .. import PersonalizedDPOConfig, PersonalizedDPOTrainer
+from ..models.loading import is_adapter
+from ..user_column import iterate_user_ids
 from .saved_settings import SCORING, TRAINING
-from .trained_folder import machine_settings
-from .user_column import iterate_user_ids
+from .scoring import ScoredPairs, score_pairs
+from .trained_model import machine_settings
 
 
 BASELINES = ("pooled", "user_id_text", "in_context", "lora_per_user")
@@ -71,7 +71,7 @@ def train_without_users(
     Args:
         base_model (`str`): What the training starts from, and its reference.
         train (`Dataset`): Pairs; users in it do not count.
-        settings (`Mapping`): From [`~saved_settings.read_training_settings`].
+        settings (`Mapping`): From [`~evaluation.saved_settings.read_training_settings`].
         peft_config (`PeftConfig`, *optional*): Of the adapter to train; `None` trains all weights.
         processor (`str`, *optional*): Where the tokenizer is; default: with the base model.
         max_steps (`int`, *optional*): Instead of those in `settings`.

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from ..user_profile import USER_PROMPT_IDS, truncate_like_plain
+from ..users import UserVocab
 from .prefix_sharing import PairPacker
-from .user_profile import USER_PROMPT_IDS, truncate_like_plain
-from .users import UserVocab
 
 
 @dataclass
@@ -25,7 +25,7 @@ class DataCollatorForPersonalizedPreference:
         row_collator (`Callable`, *optional*): The same as `collator`, without truncation. Needed for profiles only.
         max_length (`int`, *optional*): That of `collator`.
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`): That of `collator`.
-        packer ([`~prefix_sharing.PairPacker`], *optional*): Adds `packed_pairs` where it pays to share prompts.
+        packer ([`~training.prefix_sharing.PairPacker`], *optional*): Adds `packed_pairs` where it pays to share prompts.
 
     Examples with `user_prompt_ids`, the prompt with the user's profile in it, also come as `user_input_ids`,
     `user_attention_mask` and `user_completion_mask`, LongTensor `(2 * batch, user_seq_len)`: the same rows with the other

@@ -24,7 +24,7 @@ def plot_accuracy_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]]) -
     Args:
         path (`str` or `Path`): File to write; its folder must exist.
         rows (`Sequence[Mapping]`): For each user `user_id`, `preference` (or `None`), `accuracy_own`, `accuracy_generic` and
-            `accuracy_swapped`, as from [`~user_report.summarize_users`].
+            `accuracy_swapped`, as from [`~evaluation.user_report.summarize_users`].
 
     Raises:
         `ValueError`: if there are no rows.

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .cluster_bootstrap import Interval
+from ..intervals import Interval
 
 
 SCORERS = ("own", "generic", "swapped", "pooled")  # what pairs were scored with, in the order of tables; others follow

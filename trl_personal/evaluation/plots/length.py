@@ -27,7 +27,7 @@ def plot_length_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]], uni
         path (`str` or `Path`): File to write; its folder must exist.
         rows (`Sequence[Mapping]`): For each user `user_id`, `preference` (`"longer"`, `"shorter"` or `None`),
             `generated_lengths` (one number an answer) and, optionally, `mean_chosen_length`, as from
-            [`~user_report.summarize_users`].
+            [`~evaluation.user_report.summarize_users`].
         unit (`str`, *optional*, defaults to `"words"`): Of a length.
 
     Raises:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .agreement import encode
-from .cluster_bootstrap import Interval, cluster_mean, cluster_share
-from .personalization_report import GroupResult, PersonalizationReport, UserResult
+from ..agreement import encode
+from ..intervals import Interval, cluster_mean, cluster_share
+from .report import GroupResult, PersonalizationReport, UserResult
 
 
 BASELINES = {"pooled": "pooled DPO", "generic": "the generic prompt"}

@@ -8,9 +8,10 @@ from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
 
-from .modeling import get_causal_lm, is_personalized
-from .user_profile import Prompt, render_user_profile, require_template
-from .users import UserId
+from ..models.attach import is_personalized
+from ..models.saving import get_base_model
+from ..user_profile import Prompt, render_user_profile, require_template
+from ..users import UserId
 
 
 def evaluate_by_user(
@@ -139,7 +140,7 @@ def with_user_profiles(
     """
     if not user_profiles:
         return [prompt for _, prompt in rows]
-    template = require_template(get_causal_lm(model).user_profile_template)
+    template = require_template(get_base_model(model).user_profile_template)
     bos_token = tokenizer.bos_token
     return [render_user_profile(prompt, user_profiles.get(user_id), template, bos_token) for user_id, prompt in rows]
 

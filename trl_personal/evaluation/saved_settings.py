@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .files import checkpoints_newest_first, read_json
+from ..files import checkpoints_newest_first, read_json
 
 
 logger = logging.getLogger(__name__)

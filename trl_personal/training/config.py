@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields
 
 from trl import DPOConfig
 
-from .user_models import get_user_model_class
-from .user_models.initialization import SOFT_PROMPT_INITS
-from .user_profile import USER_PROFILE_TEMPLATE, check_user_profile_template
+from ..user_models import get_user_model_class
+from ..user_models.initialization import SOFT_PROMPT_INITS
+from ..user_profile import USER_PROFILE_TEMPLATE, check_user_profile_template
 
 
 GENERIC_TERMS = ("exact", "sampled")

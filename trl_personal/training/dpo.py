@@ -37,35 +37,23 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, SyncRefModelCallback, maybe_extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from .collator import DataCollatorForPersonalizedPreference
-from .config import PersonalizedDPOConfig
-from .evaluation import UserAccuracy, pair_margins
-from .files import checkpoints_newest_first, read_json
-from .margins import MarginRecorder
-from .modeling import (
+from ..files import checkpoints_newest_first, read_json
+from ..models.attach import attach_user_model, detach_user_model, is_personalized
+from ..models.loading import (
     HUB_PULL_ARGUMENTS,
-    USER_MODEL_FOLDER,
     AutoPersonalizedModelForCausalLM,
-    attach_user_model,
     check_fingerprints,
-    detach_user_model,
     find_user_model,
-    full_user_state,
-    get_causal_lm,
     is_adapter,
-    is_personalized,
     load_user_model,
     reload_renamed_weights,
-    save_user_model,
-    set_user_state,
 )
-from .prefix_sharing import PackingCost, PairPacker, PrefixSharing, reason_not_to_share
-from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
-from .user_column import AnyDataset, check_user_column, collect_users, iterate_user_ids
-from .user_models import UserModel, get_user_model_class
-from .user_models.initialization import soft_prompt_drawer
-from .user_models.memory import warn_if_large
-from .user_profile import (
+from ..models.saving import USER_MODEL_FOLDER, full_user_state, get_base_model, save_user_model, set_user_state
+from ..user_column import AnyDataset, check_user_column, collect_users, iterate_user_ids
+from ..user_models import UserModel, get_user_model_class
+from ..user_models.initialization import soft_prompt_drawer
+from ..user_models.memory import warn_if_large
+from ..user_profile import (
     PLAIN_PROMPT,
     USER_CHOSEN_IDS,
     USER_PROMPT_IDS,
@@ -75,7 +63,12 @@ from .user_profile import (
     with_profile,
     without_profile,
 )
-from .users import GENERIC_USER_INDEX, UserVocab
+from ..users import GENERIC_USER_INDEX, UserVocab
+from .collator import DataCollatorForPersonalizedPreference
+from .config import PersonalizedDPOConfig
+from .prefix_sharing import PackingCost, PairPacker, PrefixSharing, reason_not_to_share
+from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
+from .user_metrics import MarginRecorder, UserAccuracy, pair_margins
 
 
 logger = logging.getLogger(__name__)
@@ -246,7 +239,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
         """Let the policy and the reference take packed pairs, if `share_prefix` and the model allow it."""
         if self.args.share_prefix == "never" or self._packer is not None:
             return
-        causal_lm = get_causal_lm(self.model)
+        causal_lm = get_base_model(self.model)
         reason = reason_not_to_share(causal_lm.config)
         if self.aux_loss_enabled:
             reason = "the auxiliary loss of the experts counts every token once"
@@ -268,14 +261,14 @@ class PersonalizedDPOTrainer(DPOTrainer):
             return
         PrefixSharing(causal_lm)
         if self.ref_model is not None:
-            PrefixSharing(get_causal_lm(self.accelerator.unwrap_model(self.ref_model)))
+            PrefixSharing(get_base_model(self.accelerator.unwrap_model(self.ref_model)))
         cost = PackingCost.of_model(causal_lm, self.args.num_virtual_tokens)
         self._packer = PairPacker(
             cost=None if self.args.share_prefix == "always" else cost, selects=self.accelerator.device.type == "cpu"
         )
 
     def _new_user_model(self, num_users: int) -> UserModel:
-        embedding = get_causal_lm(self.model).get_input_embeddings()
+        embedding = get_base_model(self.model).get_input_embeddings()
         user_model_class = get_user_model_class(self.args.user_model_kind)
         sizes: dict[str, Any] = {"num_users": num_users, "token_dim": embedding.embedding_dim}
         for option in {field.name for field in fields(user_model_class.config_class)} - sizes.keys():
@@ -522,7 +515,7 @@ class PersonalizedDPOTrainer(DPOTrainer):
         found = torch.stack([difference.max(), difference.sum() / (labels != -100).sum().clamp(min=1)])
         highest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
         is_exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        is_exact &= not getattr(get_causal_lm(self.model), "is_quantized", False)
+        is_exact &= not getattr(get_base_model(self.model), "is_quantized", False)
         if not (highest <= 1e-3 if is_exact else mean <= 5e-2):  # NaN fails too
             logger.warning(
                 "Packed and separate rows of the first batch differ in log-probability by up to %.2g (mean %.2g): chosen and "

@@ -1,11 +1,19 @@
 """How often each user's preferences come out right, with the own soft prompt and with another's."""
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .users import GENERIC_USER_INDEX
+from ..users import GENERIC_USER_INDEX
+
+
+FloatArray = NDArray[np.float64]
 
 
 def pair_margins(
@@ -97,3 +105,39 @@ class UserAccuracy:
     def worst(self, name: str) -> float:
         """The lowest user's accuracy."""
         return min(self.by_user(name).values())
+
+
+class MarginRecorder:
+    """
+    Takes down the margins of each batch of an evaluation. While `trainer.margin_recorder` is one, the trainer fills it.
+
+    Args:
+        swapped_rows (`LongTensor` `(num_users + 1,)`, *optional*): For each row of the user table the one to swap it with;
+            default: the next ([`swapped_user_indices`]).
+    """
+
+    def __init__(self, swapped_rows: Tensor | None = None) -> None:
+        self.swapped_rows = swapped_rows
+        self.dataset: Any = None
+        self._margins: dict[str, list[Tensor]] = defaultdict(list)
+
+    def see(self, dataset: Any) -> None:
+        """The dataset as prepared by the trainer, which leaves out rows whose prompt alone fills `max_length`."""
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError("No pair is left to score: each prompt alone fills `max_length`. Raise it.")
+        self.dataset = dataset
+
+    def add(self, margins: Mapping[str, Tensor]) -> None:
+        """Margins `(batch,)` of each scorer."""
+        for name, values in margins.items():
+            self._margins[name].append(values.detach().cpu().double())
+
+    def swapped(self, user_indices: Tensor, num_users: int) -> Tensor:
+        """Rows of other users, `(batch,)`."""
+        if self.swapped_rows is None:
+            return swapped_user_indices(user_indices, num_users)
+        return self.swapped_rows.to(user_indices.device)[user_indices]
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """The margins of all batches, `(n,)`."""
+        return {name: torch.cat(values).numpy() for name, values in self._margins.items()}

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .cluster_bootstrap import Interval, cluster_share
+from ..intervals import Interval, cluster_share
+from ..users import UserId
 from .user_report import summarize_lengths
-from .users import UserId
 
 
 # prompts, and two answers to each -> 0 or 1 for the better one, -1 for a tie
@@ -53,7 +53,7 @@ def summarize_answers(
     `distinct_2`, `empty_share`, and the `generated_lengths`.
 
     Args:
-        answers (`Mapping`): From [`~by_user.answers_by_user`].
+        answers (`Mapping`): From [`~evaluation.answers.answers_by_user`].
         reference (`Sequence[str]`, *optional*): The reference policy's answers to the same prompts.
 
     ```python
@@ -112,7 +112,7 @@ def win_rates(
         judge (`Callable`): `judge(prompts, pairs) -> list[int]`: for each prompt and its two answers 0 or 1, the better one,
             or -1 for a tie.
         prompts (`Sequence[str]`): All users have the same.
-        answers (`Mapping`): From [`~by_user.answers_by_user`].
+        answers (`Mapping`): From [`~evaluation.answers.answers_by_user`].
         others (`Mapping` or `Sequence[str]`): Answers to compete with, for each user or the same for all.
         confidence (`float`, *optional*, defaults to `0.95`): Of the intervals.
     """

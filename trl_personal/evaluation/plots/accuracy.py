@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..personalization_report import PersonalizationReport, UserResult, scorers_of
+from ..report import PersonalizationReport, UserResult, scorers_of
 from .canvas import (
     BLUE,
     GRAY,

@@ -1,6 +1,5 @@
 """The margin of each pair with the own, the generic and another user's prompt, from the trainer's own evaluation."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Trainer
 
-from .evaluation import swapped_user_indices
-from .users import UserVocab
+from ..training.user_metrics import MarginRecorder, swapped_user_indices
+from ..users import UserVocab
 
 
 ROW_COLUMN = "row_of_pair"  # rides along through the preparation of the dataset, which may leave rows out
@@ -24,7 +23,7 @@ FloatArray = NDArray[np.float64]
 @dataclass(frozen=True)
 class ScoredPairs:
     """
-    Margins ([`~evaluation.pair_margins`], in nats) of the pairs of a dataset.
+    Margins ([`~training.user_metrics.pair_margins`], in nats) of the pairs of a dataset.
 
     Args:
         margins (`dict[str, FloatArray]`): Arrays `(n,)` under `"own"`, `"generic"` and, with two known users or more,
@@ -58,42 +57,6 @@ class ScoredPairs:
         return array
 
 
-class MarginRecorder:
-    """
-    Takes down the margins of each batch of an evaluation. While `trainer.margin_recorder` is one, the trainer fills it.
-
-    Args:
-        swapped_rows (`LongTensor` `(num_users + 1,)`, *optional*): For each row of the user table the one to swap it with;
-            default: the next ([`~evaluation.swapped_user_indices`]).
-    """
-
-    def __init__(self, swapped_rows: Tensor | None = None) -> None:
-        self.swapped_rows = swapped_rows
-        self.dataset: Any = None
-        self._margins: dict[str, list[Tensor]] = defaultdict(list)
-
-    def see(self, dataset: Any) -> None:
-        """The dataset as prepared by the trainer, which leaves out rows whose prompt alone fills `max_length`."""
-        if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError("No pair is left to score: each prompt alone fills `max_length`. Raise it.")
-        self.dataset = dataset
-
-    def add(self, margins: Mapping[str, Tensor]) -> None:
-        """Margins `(batch,)` of each scorer."""
-        for name, values in margins.items():
-            self._margins[name].append(values.detach().cpu().double())
-
-    def swapped(self, user_indices: Tensor, num_users: int) -> Tensor:
-        """Rows of other users, `(batch,)`."""
-        if self.swapped_rows is None:
-            return swapped_user_indices(user_indices, num_users)
-        return self.swapped_rows.to(user_indices.device)[user_indices]
-
-    def arrays(self) -> dict[str, FloatArray]:
-        """The margins of all batches, `(n,)`."""
-        return {name: torch.cat(values).numpy() for name, values in self._margins.items()}
-
-
 def score_pairs(trainer: Trainer, dataset: Dataset, swapped_users: Mapping[str, str] | None = None) -> ScoredPairs:
     """
     The margins of the pairs of `dataset` with each prompt, in one `trainer.evaluate`: its batches, truncation, chat template
@@ -103,7 +66,7 @@ def score_pairs(trainer: Trainer, dataset: Dataset, swapped_users: Mapping[str, 
         trainer ([`PersonalizedDPOTrainer`]): With users or without.
         dataset (`Dataset`): As for `trainer.evaluate`.
         swapped_users (`Mapping[str, str]`, *optional*): Whose prompt to score a user's pairs with for the margins `"swapped"`,
-            such as [`~by_user.opposite_users`]; known users who are not in it get the next one.
+            such as [`~evaluation.answers.opposite_users`]; known users who are not in it get the next one.
 
     Returns:
         [`ScoredPairs`].

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 
-from ._version import __version__
-from .user_profile import Prompt
-from .users import UserId
+from .._version import __version__
+from ..user_profile import Prompt
+from ..users import UserId
 
 
 GENERIC_USER = "generic user"  # its name where a table or a file needs one

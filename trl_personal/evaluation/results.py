@@ -8,12 +8,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from .files import write_atomically
-from .personalization_report import PersonalizationReport
+from ..files import write_atomically
+from ..user_models import UserModel
+from ..users import UserVocab
 from .plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
-from .user_models import UserModel
+from .report import PersonalizationReport
 from .user_report import GENERIC_USER
-from .users import UserVocab
 
 
 GENERATED = ("mean_generated_length", "length_drift", "distinct_1", "distinct_2", "empty_share")
@@ -29,8 +29,8 @@ class ModelEvaluation:
         pairs (`Dataset`): A row for each pair: `row` in the dataset, `user_id`, and a column of margins for each scorer.
         num_dropped (`int`): Rows that were left out, as their prompt alone is too long.
         metrics (`dict[str, float]`): Of `trainer.evaluate`.
-        answers (`list[dict]`): For each user the row of [`~generation_report.summarize_answers`]; the last one, with `None`,
-            is the generic user. Empty if nothing was generated.
+        answers (`list[dict]`): For each user the row of [`~evaluation.generation_report.summarize_answers`]; the last
+            one, with `None`, is the generic user. Empty if nothing was generated.
         samples (`list[dict]`): The answers of all users, and of the reference, to each prompt.
         values (`Mapping`): For each user the value in `column`.
         column (`str`): The column of opposites, or empty.

@@ -10,7 +10,13 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import set_seed
 
-from .agreement import compare, encode, majority_agreement
+from ..agreement import compare, encode, majority_agreement
+from ..models.attach import detach_user_model
+from ..models.loading import find_user_model
+from ..models.saving import get_base_model
+from ..user_column import check_user_column, iterate_user_ids
+from ..users import UserId
+from .answers import answers_by_user, opposite_users
 from .baselines import (
     adapter_config,
     check_baselines,
@@ -19,16 +25,12 @@ from .baselines import (
     train_without_users,
     with_user_id_text,
 )
-from .by_user import answers_by_user, opposite_users
 from .generation_report import summarize_answers
-from .margins import score_pairs
-from .model_evaluation import ModelEvaluation
-from .modeling import detach_user_model, find_user_model, get_causal_lm
+from .results import ModelEvaluation
 from .saved_settings import read_log_history, read_training_settings
-from .trained_folder import make_scoring_trainer, processor_name
-from .user_column import check_user_column, iterate_user_ids
+from .scoring import score_pairs
+from .trained_model import make_scoring_trainer, processor_name
 from .user_report import GENERIC_USER, describe_run
-from .users import UserId
 from .verdict import evaluate_margins
 
 
@@ -113,7 +115,7 @@ def evaluate_model(
     if num_generate:
         set_seed(seed)
         answers, samples = _generate(trainer, dataset, column, num_generate, batch_size, dict(generate_kwargs or {}))
-    causal_lm = get_causal_lm(trainer.model)
+    causal_lm = get_base_model(trainer.model)
     base_model = ref_model or str(causal_lm.config.name_or_path)
     processor = processor_name(model)
     del trainer, causal_lm

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..user_models import UserModel
-from ..users import GENERIC_USER_INDEX, UserVocab
+from ...user_models import UserModel
+from ...users import GENERIC_USER_INDEX, UserVocab
 from .canvas import GRAY, PALETTE, new_figure, tidy
 
 

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: who gains, against which baselines, and how answers change."""

@@ -1,0 +1,1 @@
+"""Language models with users: soft prompts put in, generation, saving and loading."""

@@ -1,0 +1,125 @@
+"""Makes a causal language model one with users, in place, and undoes it."""
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..user_models import UserModel
+from ..users import UserVocab
+from .generation import PersonalizedGeneration
+from .saving import PersonalizedSaving, get_base_model
+from .soft_prompt import SoftPromptInsertion
+
+
+def is_personalized(model: nn.Module) -> bool:
+    """Whether a user model is attached to `model`."""
+    return isinstance(get_base_model(model), PersonalizedGeneration)
+
+
+def attach_user_model(
+    model: nn.Module,
+    user_model: UserModel,
+    user_vocab: UserVocab,
+    bos_token_id: int | None = None,
+    user_profile_template: str | None = None,
+) -> None:
+    """
+    Make `model` (a causal LM, or a `PeftModel` around one) a model with users, in place:
+
+    - `model(input_ids, attention_mask, user_indices=...)` conditions each row on a user; without `user_indices` it is the
+      plain model, bit for bit.
+    - `model.generate(..., user_ids=...)`, `model.save_pretrained(...)` and `model.push_to_hub(...)` know the users.
+    - `model.user_model` is a submodule of the causal LM, `model.user_vocab` lists the users.
+
+    The object keeps its type: its class becomes a subclass, of the same name, of the class it had.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): Changed in place.
+        user_model (`UserModel`): Moved to the device of the input embeddings.
+        user_vocab (`UserVocab`): Whose rows they are.
+        bos_token_id (`int`, *optional*): Rows that start with this token get the soft prompt after it. Defaults to the
+            model config's.
+        user_profile_template (`str`, *optional*): How profiles read in the prompts it was trained on, for
+            [`render_user_profile`]; kept as `model.user_profile_template`.
+
+    Raises:
+        `ValueError`: if the model has a user model already, is no decoder-only language model, or does not fit the
+        user model or vocabulary.
+    """
+    causal_lm = get_base_model(model)
+    if is_personalized(model):
+        raise ValueError("The model has a user model already. Take it off first with `detach_user_model(model)`.")
+    _check_fit(causal_lm, user_model, user_vocab)
+    if bos_token_id is None:
+        bos_token_id = causal_lm.config.get_text_config().bos_token_id
+    weight = causal_lm.get_input_embeddings().weight
+    causal_lm.add_module("user_model", user_model.to(weight.device))
+    causal_lm.user_vocab = user_vocab
+    causal_lm.user_profile_template = user_profile_template
+    causal_lm._soft_prompt_insertion = SoftPromptInsertion(causal_lm, bos_token_id)
+    # transformers leaves these keys out of the LM's files, and does not miss them when it loads a checkpoint
+    causal_lm._keys_to_ignore_on_save = set(causal_lm._keys_to_ignore_on_save or ()) | _user_model_keys(user_model)
+    _add_base(causal_lm, PersonalizedGeneration)
+    if model is not causal_lm:
+        _add_base(model, PersonalizedSaving)
+
+
+def detach_user_model(model: nn.Module) -> tuple[UserModel, UserVocab]:
+    """
+    Undo [`attach_user_model`]: `model` is the plain language model again. Returns what was attached.
+
+    Raises:
+        `ValueError`: if there is no user model.
+    """
+    if not is_personalized(model):
+        raise ValueError("The model has no user model attached.")
+    causal_lm = get_base_model(model)
+    user_model, user_vocab = causal_lm.user_model, causal_lm.user_vocab
+    causal_lm._soft_prompt_insertion.remove()
+    causal_lm._keys_to_ignore_on_save -= _user_model_keys(user_model)
+    for name in ("user_model", "user_vocab", "user_profile_template", "_soft_prompt_insertion"):
+        delattr(causal_lm, name)
+    for module in {id(m): m for m in (causal_lm, model)}.values():
+        module.__class__ = type(module).__bases__[1]
+    return user_model, user_vocab
+
+
+def check_vocab(user_model: UserModel, user_vocab: UserVocab) -> None:
+    if user_model.config.num_users != len(user_vocab):
+        raise ValueError(
+            f"The user model has rows for {user_model.config.num_users} users, the vocabulary has {len(user_vocab)}. Give the "
+            "vocabulary it was made for (`user_vocab=`), or a user model of that many users."
+        )
+
+
+def _check_fit(causal_lm: Any, user_model: UserModel, user_vocab: UserVocab) -> None:
+    check_vocab(user_model, user_vocab)
+    is_decoder = isinstance(causal_lm, PreTrainedModel) and not causal_lm.config.is_encoder_decoder
+    if not is_decoder:
+        raise ValueError(
+            f"{type(causal_lm).__name__} is no decoder-only language model of transformers; only those can have users."
+        )
+    if causal_lm.get_decoder() is causal_lm:
+        raise ValueError(f"{type(causal_lm).__name__} has no decoder below its LM head to insert soft prompts in.")
+    width = causal_lm.get_input_embeddings().embedding_dim
+    if user_model.config.token_dim != width:
+        raise ValueError(
+            f"The user model makes soft prompts of width {user_model.config.token_dim}, the token embeddings of "
+            f"{type(causal_lm).__name__} have width {width}. Make a user model with `token_dim={width}`."
+        )
+
+
+def _user_model_keys(user_model: UserModel) -> set[str]:
+    return {f"user_model.{name}" for name in user_model.state_dict()}
+
+
+def _add_base(module: Any, mixin: type) -> None:
+    module.__class__ = _personalized_class(mixin, module.__class__)
+
+
+@cache
+def _personalized_class(mixin: type, cls: Any) -> Any:
+    # transformers and PEFT write and compare class names, so the subclass keeps the name of the class
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})

@@ -1,0 +1,211 @@
+"""Generation for a batch of users."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from ..user_models import UserModel
+from ..user_profile import insert_profile_ids, require_template
+from ..users import GENERIC_USER_INDEX, UserId, UserVocab
+from .saving import PersonalizedSaving
+from .soft_prompt import SoftPromptInsertion, insert_values
+
+
+logger = logging.getLogger(__name__)
+
+
+class PersonalizedGeneration(PersonalizedSaving):
+    """Added in front of a causal LM's class by [`attach_user_model`]: generation for a batch of users."""
+
+    user_model: UserModel
+    user_vocab: UserVocab
+    user_profile_template: str | None
+    _soft_prompt_insertion: SoftPromptInsertion
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        user_ids: str | int | Sequence[UserId] | None = None,
+        user_profiles: str | Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        [`~transformers.GenerationMixin.generate`] for users.
+
+        Args:
+            inputs (`torch.LongTensor` `(batch, seq_len)`, *optional*): Prompt ids, also as `input_ids=`. Prompts of
+                different lengths are padded on the left, with an `attention_mask`.
+            generation_config (`GenerationConfig`, *optional*): As in transformers.
+            user_ids (`str`, `int` or a list of them, *optional*): One user per row, or one for all rows. `None` and users
+                who are not in `user_vocab` get the generic user's soft prompt.
+            user_profiles (`str` or a list of them, *optional*): What is known about the user of each row, or `None`, put into
+                the prompts as in training. It needs `tokenizer=`, to read the ids and write them anew.
+            **kwargs: As in transformers. `max_length` and `min_length` count the tokens of `inputs` and new ones only.
+
+        Returns:
+            As in transformers: the prompt ids and the new tokens. Virtual tokens and profiles do not show.
+
+        Raises:
+            `ValueError`: if `user_ids` or `user_profiles` is a list of another length than the batch; for profiles, if there
+            is no `tokenizer`, if the model was trained without them, or if they cannot be put into ids (rather put them into
+            the text, with [`render_user_profile`]).
+        """
+        generate = super().generate  # type: ignore[misc]
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("`generate` for users needs `input_ids`: without text there is no row to put a user in.")
+        config = generation_config or self.generation_config  # type: ignore[attr-defined]
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None:
+            attention_mask = _mask_from_padding(input_ids, config)
+        callers_ids = input_ids
+        if user_profiles is not None:
+            tokenizer = kwargs.get("tokenizer")
+            input_ids, attention_mask = self._insert_profiles(user_profiles, tokenizer, input_ids, attention_mask)
+        user_indices = torch.tensor(self._encode_users(user_ids, input_ids.shape[0]), device=input_ids.device)
+        users, of_user = user_indices.unique(return_inverse=True)  # each user's soft prompt is computed once
+        with torch.no_grad():
+            soft_prompt = self.user_model(users)[of_user]
+            conditioned, _, token, virtual = self._soft_prompt_insertion.condition(
+                user_indices, input_ids, attention_mask, soft_prompt=soft_prompt
+            )
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)
+        filler = _filler_ids(input_ids, attention_mask, config)
+        placeholders = insert_values(torch.where(attention_mask.ne(0), input_ids, filler), token, virtual, filler)
+        view = _CallersView(callers_ids, placeholders.shape[1])
+        for name in ("max_length", "min_length"):
+            length = kwargs.get(name) or getattr(config, name)
+            if length:
+                kwargs[name] = length + placeholders.shape[1] - callers_ids.shape[1]
+        outputs = generate(placeholders, generation_config, **conditioned, **view.adapt(kwargs))
+        if isinstance(outputs, ModelOutput):
+            outputs["sequences"] = view.restore(outputs["sequences"])
+            return outputs
+        return view.restore(outputs)
+
+    def _insert_profiles(
+        self,
+        user_profiles: str | Sequence[str | None],
+        tokenizer: PreTrainedTokenizerBase | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded on the left, with the profile of each row in it."""
+        template = require_template(self.user_profile_template)
+        if tokenizer is None:
+            raise ValueError(
+                "`user_profiles` needs `tokenizer=`: `generate` gets token ids, and a profile belongs into their text."
+            )
+        if isinstance(user_profiles, str):
+            user_profiles = [user_profiles] * input_ids.shape[0]
+        if len(user_profiles) != input_ids.shape[0]:
+            raise ValueError(
+                f"`user_profiles` has {len(user_profiles)} texts for a batch of {input_ids.shape[0]} rows. Give one per row "
+                "(`None` where nothing is known), or a single one for all rows."
+            )
+        rows = [
+            torch.tensor(insert_profile_ids(ids[mask].tolist(), profile, template, tokenizer), device=ids.device)
+            for ids, mask, profile in zip(input_ids, attention_mask.ne(0), user_profiles, strict=True)
+        ]
+        padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        return padded.clamp(min=0), padded.ge(0).long()
+
+    def _encode_users(self, user_ids: str | int | Sequence[UserId] | None, batch_size: int) -> list[int]:
+        if user_ids is None or isinstance(user_ids, (str, int)):
+            user_ids = [user_ids] * batch_size
+        if len(user_ids) != batch_size:
+            raise ValueError(
+                f"`user_ids` has {len(user_ids)} users for a batch of {batch_size} rows. Give one per row, or a single id "
+                "for all rows. A pipeline hands prompts over one by one: call `model.generate(..., user_ids=[...])` with "
+                "the tokenized batch for different users."
+            )
+        user_indices = self.user_vocab.encode(user_ids)
+        unknown = sum(i == GENERIC_USER_INDEX and u is not None for i, u in zip(user_indices, user_ids, strict=True))
+        if unknown:
+            logger.warning(
+                "%d of %d rows have a user who is not in `model.user_vocab`; they get the generic user's soft prompt.",
+                unknown,
+                batch_size,
+            )
+        return user_indices
+
+
+def _mask_from_padding(input_ids: Tensor, config: GenerationConfig) -> Tensor:
+    """Without an attention mask, padding shows by its id, unless EOS has the same id (as in transformers)."""
+    if config.pad_token_id is None or config.pad_token_id in _eos_ids(config):
+        return torch.ones_like(input_ids)
+    return input_ids.ne(config.pad_token_id).long()
+
+
+def _filler_ids(input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig) -> Tensor:
+    """
+    Ids `(batch, 1)` for columns without a token, which penalties and n-gram bans see too: padding, as it is never
+    generated, or where padding and EOS have one id, the first token of the row.
+    """
+    if config.pad_token_id is not None and config.pad_token_id not in _eos_ids(config):
+        return torch.full_like(input_ids[:, :1], config.pad_token_id)
+    return input_ids.gather(1, attention_mask.ne(0).int().argmax(dim=1)[:, None])
+
+
+def _eos_ids(config: GenerationConfig) -> list[int]:
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+
+
+class _CallersView:
+    """Hides the placeholder columns of `generate` from the caller, and from the code that the caller passes in."""
+
+    def __init__(self, input_ids: Tensor, conditioned_length: int) -> None:
+        self.input_ids = input_ids
+        self.conditioned_length = conditioned_length
+
+    def restore(self, sequences: Tensor) -> Tensor:
+        """`sequences` with the caller's prompts in place of the conditioned ones; each may occur several times."""
+        prompts = self.input_ids.repeat_interleave(sequences.shape[0] // self.input_ids.shape[0], dim=0)
+        return torch.cat([prompts.to(sequences.device), sequences[:, self.conditioned_length :]], dim=1)
+
+    def adapt(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs` of `generate` in which the caller's processors, criteria and streamer see the caller's ids."""
+        adapted = dict(kwargs)
+        for name, list_class in (
+            ("logits_processor", LogitsProcessorList),
+            ("stopping_criteria", StoppingCriteriaList),
+        ):
+            if kwargs.get(name):
+                adapted[name] = list_class(self._with_callers_ids(function) for function in kwargs[name])
+        if kwargs.get("prefix_allowed_tokens_fn"):
+            allowed, prompts = kwargs["prefix_allowed_tokens_fn"], self.input_ids
+            adapted["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+                row, torch.cat([prompts[row].to(ids.device), ids[self.conditioned_length :]])
+            )
+        if kwargs.get("streamer") is not None:
+            adapted["streamer"] = _PromptStreamer(kwargs["streamer"], self.input_ids)
+        return adapted
+
+    def _with_callers_ids(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda ids, scores, **kwargs: function(self.restore(ids), scores, **kwargs)
+
+
+class _PromptStreamer(BaseStreamer):
+    """Hands the caller's prompt to a streamer in place of the conditioned one, which `generate` puts first."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: Tensor) -> None:
+        self.streamer = streamer
+        self.prompt: Tensor | None = input_ids
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt is not None:
+            value, self.prompt = self.prompt.cpu(), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()

@@ -1,0 +1,106 @@
+"""Writes the user model beside the language model, as one save."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..files import fingerprint, staged_folder, weight_files
+from ..user_models import UserModel
+from ..user_models.base import CONFIG_FILE
+
+
+USER_MODEL_FOLDER = "user_model"
+HUB_PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
+
+def get_base_model(model: nn.Module) -> Any:
+    """The language model itself: `model`, or what is inside if it is a `PeftModel`."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class PersonalizedSaving:
+    """Added in front of a model's class by [`attach_user_model`]: writes the user model beside the language model."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write the language model (or adapter) as transformers (or PEFT) does, and `user_model/` beside it.
+
+        Each file is replaced as a whole. `user_model_config.json` comes last and holds fingerprints of the weights beside
+        it, so a folder in which a kill left files of two saves is refused by [`AutoPersonalizedModelForCausalLM`]. Other
+        arguments are those of the model's own `save_pretrained`.
+        """
+        save = super().save_pretrained  # type: ignore[misc]
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_PUSH_ARGUMENTS if name in kwargs}
+        if not is_main_process:
+            save(save_directory, *args, is_main_process=False, state_dict=state_dict, **kwargs)
+            return
+        target = Path(save_directory)
+        user_state = None  # the user model's own, unless the caller gathered the weights from other processes
+        if state_dict is not None:
+            prefix = user_model_prefix(self)  # type: ignore[arg-type]
+            user_state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        with staged_folder(target, last=CONFIG_FILE) as staging:
+            if (target / "README.md").is_file():  # PEFT adds to the card that is there
+                shutil.copy(target / "README.md", staging)
+            save(str(staging), *args, is_main_process=True, state_dict=state_dict, **kwargs)
+            if user_state != {}:  # a caller that gathered nothing writes the user model itself
+                save_user_model(self, staging, user_state)  # type: ignore[arg-type]
+            written = weight_files(staging)
+        if any(name.startswith("model") for name in written):
+            for name in weight_files(target) - written:  # shards of an earlier save, or the adapter before a merge
+                (target / name).unlink()
+        if push_to_hub:
+            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)  # type: ignore[attr-defined]
+
+
+def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """
+    Write `user_model/` into `directory`, with fingerprints of the weights that are there. `state_dict` replaces the user
+    model's own, for weights gathered from other processes.
+    """
+    causal_lm = get_base_model(model)
+    folder = directory / USER_MODEL_FOLDER
+    template = causal_lm.user_profile_template
+    causal_lm.user_vocab.save_pretrained(folder)
+    causal_lm.user_model.save_files(
+        folder,
+        state_dict,
+        bos_token_id=causal_lm._soft_prompt_insertion.bos_token_id,
+        **({"user_profile_template": template} if template is not None else {}),
+        language_model_files={name: fingerprint(directory / name) for name in sorted(weight_files(directory))},
+    )
+
+
+def user_model_prefix(model: nn.Module) -> str:
+    """What the names of the user model's parameters start with in `model.state_dict()`."""
+    return next(name for name, module in model.named_modules() if isinstance(module, UserModel)) + "."
+
+
+def full_user_state(user_model: UserModel) -> dict[str, Tensor]:
+    """The weights of a user model, gathered from the ranks of FSDP2 if they are sharded; every rank must call it."""
+    state = user_model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+@torch.no_grad()
+def set_user_state(user_model: UserModel, state: dict[str, Tensor]) -> None:
+    """Copy weights into a user model, to each rank of FSDP2 its shard if they are sharded."""
+    for name, parameter in user_model.state_dict().items():
+        value = state[name].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)

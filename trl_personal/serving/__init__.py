@@ -1,0 +1,1 @@
+"""Serving: answers for many users and prompts."""

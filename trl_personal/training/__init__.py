@@ -1,0 +1,1 @@
+"""Training: the trainers, their settings, and what a batch looks like."""
