@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_personal.training.user_metrics import UserAccuracy, pair_margins, swapped_user_indices
+from trl_personal.training.user_metrics import MarginRecorder, pair_margins, swapped_user_indices
 
 
 def test_margin_is_the_difference_of_log_ratios():
@@ -39,11 +39,15 @@ def test_swapping_is_a_derangement_of_the_known_users(num_users):
 
 
 def test_means_are_over_users_and_not_over_pairs():
-    accuracy = UserAccuracy()
-    accuracy.add(torch.tensor([1, 1, 1]), {"own": torch.tensor([1.0, 1.0, 1.0]), "swapped": torch.zeros(3)})
-    accuracy.add(torch.tensor([1, 2, 0]), {"own": torch.tensor([1.0, 0.0, 1.0]), "swapped": torch.ones(3)})
-    assert len(accuracy) == 2
-    assert accuracy.by_user("own") == {1: 1.0, 2: 0.0}
-    assert accuracy.mean("own") == 0.5
-    assert accuracy.worst("own") == 0.0
-    assert accuracy.mean("swapped") == (0.25 + 1.0) / 2
+    recorder = MarginRecorder({"swapped": torch.tensor([0, 2, 1])})
+    recorder.add(
+        {"own": torch.tensor([1.0, 2.0, 0.1]), "swapped": torch.tensor([0.0, -1, -1])}, torch.tensor([1, 1, 1])
+    )
+    recorder.add({"own": torch.tensor([1.0, 0.0, 1.0]), "swapped": torch.ones(3)}, torch.tensor([1, 2, 0]))
+    assert len(recorder) == 6
+    assert recorder.accuracy_by_user("own") == {1: 1.0, 2: 0.0}
+    assert recorder.metrics() == {
+        "users/accuracy_mean": 0.5,
+        "users/accuracy_worst": 0.0,
+        "users/accuracy_swapped": (0.25 + 1.0) / 2,
+    }

@@ -86,7 +86,8 @@ def score_pairs(trainer: Trainer, dataset: Dataset, swapped_users: Mapping[str, 
         )
     personalized: Any = trainer
     vocab = personalized.user_vocab
-    recorder = MarginRecorder(None if vocab is None or swapped_users is None else _swapped_rows(vocab, swapped_users))
+    others = {} if vocab is None or len(vocab) < 2 else {"swapped": _swapped_rows(vocab, swapped_users or {})}
+    recorder = MarginRecorder(others)
     if ROW_COLUMN in dataset.column_names:  # was prepared before
         dataset = dataset.remove_columns(ROW_COLUMN)
     numbered = dataset.add_column(ROW_COLUMN, range(len(dataset)))

@@ -68,7 +68,7 @@ from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizedDPOConfig
 from .prefix_sharing import PackingCost, PairPacker, PrefixSharing, reason_not_to_share
 from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
-from .user_metrics import MarginRecorder, UserAccuracy, pair_margins
+from .user_metrics import MarginRecorder, pair_margins, swapped_user_indices
 
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,6 @@ class PersonalizedDPOTrainer(DPOTrainer):
         template = None if self.args.user_profile_column is None else self.args.user_profile_template
         attach_user_model(self.model, user_model.float().requires_grad_(True), user_vocab, bos_token_id, template)
         self.user_model, self.user_vocab = user_model, user_vocab
-        self._user_accuracy = UserAccuracy()
         if not isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
             collator = row_collator = self.data_collator
             if isinstance(collator, DataCollatorForPreference):
@@ -574,18 +573,26 @@ class PersonalizedDPOTrainer(DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], log_probs: Tensor, generic_margins: Tensor
     ) -> None:
         """Evaluation: how pairs come out with the own soft prompt, the generic one, and that of another user."""
-        num_users = len(self.user_vocab or ())
-        recorder = self.margin_recorder or MarginRecorder()
+        if self.margin_recorder is None:
+            self.margin_recorder = MarginRecorder(self._other_users())
+        recorder = self.margin_recorder
         margins = {"own": self._pair_margins(inputs, log_probs), "generic": generic_margins}
-        if num_users > 1:
-            swapped_inputs = {**inputs, "user_indices": recorder.swapped(inputs["user_indices"], num_users)}
+        for name, rows in recorder.other_users.items():
+            other = {**inputs, "user_indices": rows.to(inputs["user_indices"].device)[inputs["user_indices"]]}
             with self._metrics_under(""), self._recorded_log_probs() as recorded:
-                super().compute_loss(model, swapped_inputs)
-            margins["swapped"] = self._pair_margins(inputs, recorded[0])
+                super().compute_loss(model, other)
+            margins[name] = self._pair_margins(inputs, recorded[0])
         user_indices = inputs["user_indices"].chunk(2)[0]
         user_indices, margins = self.accelerator.gather_for_metrics((user_indices, margins))
-        self._user_accuracy.add(user_indices, {name: (values > 0).float() for name, values in margins.items()})
-        recorder.add(margins)
+        recorder.add(margins, user_indices)
+
+    def _other_users(self) -> dict[str, Tensor]:
+        num_users = len(self.user_vocab or ())
+        if num_users < 2:
+            return {}
+        # a profile stays with its pair, whoever's soft prompt it is scored with: the name says so
+        name = "swapped" if self.args.user_profile_column is None else "swapped_soft_prompt"
+        return {name: swapped_user_indices(torch.arange(num_users + 1), num_users)}
 
     def _pair_margins(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:
         return pair_margins(
@@ -604,21 +611,16 @@ class PersonalizedDPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL; at the end of an evaluation with the accuracy over users."""
-        if self.user_model is not None and len(self._user_accuracy) and not self.model.training:
-            accuracy, self._user_accuracy = self._user_accuracy, UserAccuracy()
-            metrics = self._metrics["eval"]
-            metrics["users/accuracy_mean"] = [accuracy.mean("own")]
-            metrics["users/accuracy_worst"] = [accuracy.worst("own")]
-            if len(self.user_vocab or ()) > 1:
-                # a profile stays with its pair, whoever's soft prompt it is scored with: the name says so
-                name = "swapped" if self.args.user_profile_column is None else "swapped_soft_prompt"
-                metrics[f"users/accuracy_{name}"] = [accuracy.mean("swapped")]
+        if self.user_model is not None and self.margin_recorder is not None and not self.model.training:
+            recorder, self.margin_recorder = self.margin_recorder, None
+            self._metrics["eval"].update({name: [value] for name, value in recorder.metrics().items()})
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: EvalDatasets | str | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in TRL. A dataset passed here is checked for its users first."""
         if self.user_model is not None:
-            self._user_accuracy = UserAccuracy()  # `predict` counts too, and logs nothing
+            if self.margin_recorder is not None and len(self.margin_recorder):
+                self.margin_recorder = None  # `predict` counts too, and logs nothing
             if not isinstance(eval_dataset, str):
                 _check_eval_users(self.args, eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)

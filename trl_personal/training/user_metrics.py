@@ -1,4 +1,4 @@
-"""How often each user's preferences come out right, with the own soft prompt and with another's."""
+"""The margins of evaluated pairs, and how often each user's preferences come out right."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -62,82 +62,92 @@ def swapped_user_indices(user_indices: Tensor, num_users: int) -> Tensor:
     return torch.where(user_indices == GENERIC_USER_INDEX, user_indices, swapped)
 
 
-class UserAccuracy:
+def accuracy_by_user(user_indices: Tensor, margins: Tensor) -> dict[int, float]:
     """
-    Pair accuracy of known users, each user counting the same whatever the number of pairs.
+    The pair accuracy of each known user, in the order of rows. A pair is right if its margin is above zero; a tie is not.
+
+    Args:
+        user_indices (`LongTensor` `(n,)`): The user of each pair. Pairs of the generic user are left out.
+        margins (`Tensor` `(n,)`): The margin of each pair ([`pair_margins`], in nats).
 
     ```python
-    >>> accuracy = UserAccuracy()
-    >>> accuracy.add(torch.tensor([1, 1, 2, 0]), {"own": torch.tensor([1.0, 0.0, 1.0, 0.0])})
-    >>> accuracy.by_user("own")
+    >>> accuracy_by_user(torch.tensor([1, 1, 2, 0]), torch.tensor([0.7, -0.1, 2.0, -3.0]))
     {1: 0.5, 2: 1.0}
-    >>> accuracy.mean("own"), accuracy.worst("own")
-    (0.75, 0.5)
     ```
     """
-
-    def __init__(self) -> None:
-        self._counts: dict[int, int] = defaultdict(int)
-        self._correct: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-
-    def __len__(self) -> int:
-        """Number of users with pairs."""
-        return len(self._counts)
-
-    def add(self, user_indices: Tensor, correct: dict[str, Tensor]) -> None:
-        """Count pairs: LongTensor `(batch,)` of users and, for each prompt that was tried, `(batch,)` of 1 or 0."""
-        for position, user_index in enumerate(user_indices.tolist()):
-            if user_index == GENERIC_USER_INDEX:
-                continue
-            self._counts[user_index] += 1
-            for name, values in correct.items():
-                self._correct[name][user_index] += float(values[position])
-
-    def by_user(self, name: str) -> dict[int, float]:
-        """Accuracy of each user with the prompts `name`."""
-        return {user: total / self._counts[user] for user, total in sorted(self._correct[name].items())}
-
-    def mean(self, name: str) -> float:
-        """Mean over users."""
-        accuracies = self.by_user(name)
-        return sum(accuracies.values()) / len(accuracies)
-
-    def worst(self, name: str) -> float:
-        """The lowest user's accuracy."""
-        return min(self.by_user(name).values())
+    counts = user_indices.bincount()
+    right = user_indices.bincount(weights=(margins > 0).double())
+    known = [user for user in counts.nonzero().flatten().tolist() if user != GENERIC_USER_INDEX]
+    return {user: float(right[user] / counts[user]) for user in known}
 
 
 class MarginRecorder:
     """
-    Takes down the margins of each batch of an evaluation. While `trainer.margin_recorder` is one, the trainer fills it.
+    Collects the margins of the pairs of one evaluation, for each scorer: what a pair is scored with.
+
+    A trainer with users makes one for each evaluation, for its metrics. Set `trainer.margin_recorder` before
+    `trainer.evaluate(...)` to keep the margins of that evaluation, or to score pairs with other users' soft prompts.
 
     Args:
-        swapped_rows (`LongTensor` `(num_users + 1,)`, *optional*): For each row of the user table the one to swap it with;
-            default: the next ([`swapped_user_indices`]).
+        other_users (`Mapping[str, LongTensor]`, *optional*): Scorers beside `"own"` and `"generic"`: for each name, a tensor
+            `(num_users + 1,)` with the row of the user table whose soft prompt the pairs of each row are scored with.
+
+    ```python
+    >>> recorder = MarginRecorder({"swapped": torch.tensor([0, 2, 1])})
+    >>> recorder.add({"own": torch.tensor([1.0, -1.0, 2.0])}, torch.tensor([1, 1, 2]))
+    >>> recorder.accuracy_by_user("own")
+    {1: 0.5, 2: 1.0}
+    >>> len(recorder), recorder.arrays()["own"].tolist()
+    (3, [1.0, -1.0, 2.0])
+    ```
     """
 
-    def __init__(self, swapped_rows: Tensor | None = None) -> None:
-        self.swapped_rows = swapped_rows
+    def __init__(self, other_users: Mapping[str, Tensor] | None = None) -> None:
+        self.other_users = dict(other_users or {})
         self.dataset: Any = None
         self._margins: dict[str, list[Tensor]] = defaultdict(list)
+        self._user_indices: list[Tensor] = []
+
+    def __len__(self) -> int:
+        """The number of pairs so far."""
+        return sum(map(len, self._margins.get("own", ())))
 
     def see(self, dataset: Any) -> None:
-        """The dataset as prepared by the trainer, which leaves out rows whose prompt alone fills `max_length`."""
+        """Keep the dataset as the trainer has prepared it: rows whose prompt alone fills `max_length` are missing there."""
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError("No pair is left to score: each prompt alone fills `max_length`. Raise it.")
         self.dataset = dataset
 
-    def add(self, margins: Mapping[str, Tensor]) -> None:
-        """Margins `(batch,)` of each scorer."""
+    def add(self, margins: Mapping[str, Tensor], user_indices: Tensor | None = None) -> None:
+        """
+        Add a batch of pairs.
+
+        Args:
+            margins (`Mapping[str, Tensor]`): For each scorer the margins `(batch,)`.
+            user_indices (`LongTensor` `(batch,)`, *optional*): The user of each pair; a model without users has none.
+        """
         for name, values in margins.items():
             self._margins[name].append(values.detach().cpu().double())
-
-    def swapped(self, user_indices: Tensor, num_users: int) -> Tensor:
-        """Rows of other users, `(batch,)`."""
-        if self.swapped_rows is None:
-            return swapped_user_indices(user_indices, num_users)
-        return self.swapped_rows.to(user_indices.device)[user_indices]
+        if user_indices is not None:
+            self._user_indices.append(user_indices.detach().cpu())
 
     def arrays(self) -> dict[str, FloatArray]:
-        """The margins of all batches, `(n,)`."""
+        """The margins of all batches, `(n,)` for each scorer."""
         return {name: torch.cat(values).numpy() for name, values in self._margins.items()}
+
+    def accuracy_by_user(self, name: str) -> dict[int, float]:
+        """The accuracy of each known user with the scorer `name`; see [`accuracy_by_user`]."""
+        if not self._user_indices:
+            return {}
+        return accuracy_by_user(torch.cat(self._user_indices), torch.cat(self._margins[name]))
+
+    def metrics(self) -> dict[str, float]:
+        """Means over known users, each counting the same whatever the number of pairs, and the lowest user's accuracy."""
+        own = self.accuracy_by_user("own").values()
+        if not own:
+            return {}
+        metrics = {"users/accuracy_mean": sum(own) / len(own), "users/accuracy_worst": min(own)}
+        for name in self.other_users:
+            others = self.accuracy_by_user(name).values()
+            metrics[f"users/accuracy_{name}"] = sum(others) / len(others)
+        return metrics
