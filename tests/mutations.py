@@ -113,7 +113,7 @@ MUTATIONS = [
     ),
     Mutation(
         "known users move to the order of a new dataset",
-        "training/dpo.py",
+        "training/run_users.py",
         "vocab = known[1].extend(vocab)",
         "vocab = vocab.extend(known[1])",
         ("core_details",),
@@ -310,7 +310,7 @@ MUTATIONS = [
     ),
     Mutation(
         "drawing users moves the global generator",
-        "training/dpo.py",
+        "training/run_users.py",
         "with torch.random.fork_rng():",
         "with nullcontext():",
         ("core_details",),
@@ -713,7 +713,7 @@ MUTATIONS = [
     ),
     Mutation(
         "generic metrics among the user's",
-        "training/dpo.py",
+        "training/user_metrics.py",
         "metrics[mode][prefix + name].extend(numbers)",
         "metrics[mode][name].extend(numbers)",
         ("loss",),
@@ -827,7 +827,7 @@ MUTATIONS = [
     # --- Optimizer, set-up
     Mutation(
         "weight decay on users",
-        "training/dpo.py",
+        "training/optimizer.py",
         '"weight_decay": 0.0}',
         '"weight_decay": self.args.weight_decay}',
         ("trainer",),
@@ -848,7 +848,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an optimizer of the caller goes without users",
-        "training/dpo.py",
+        "training/optimizer.py",
         "    optimizer.add_param_group(group)\n\n\ndef",
         "\n\ndef",
         ("bad_input",),
@@ -941,35 +941,35 @@ MUTATIONS = [
     # --- Files
     Mutation(
         "resumed without the user model",
-        "training/dpo.py",
+        "training/checkpoints.py",
         "            self._load_user_model(resume_from_checkpoint)\n",
         "            pass\n",
         ("checkpoints",),
     ),
     Mutation(
         "best model without its user model",
-        "training/dpo.py",
+        "training/checkpoints.py",
         "            self._load_user_model(str(self.state.best_model_checkpoint))\n",
         "",
         ("checkpoints",),
     ),
     Mutation(
         "weights under other names not resumed",
-        "training/dpo.py",
+        "training/checkpoints.py",
         "            reload_renamed_weights(self.model, Path(resume_from_checkpoint))\n",
         "            pass\n",
         ("core_details",),
     ),
     Mutation(
         "weights under other names not in the best model",
-        "training/dpo.py",
+        "training/checkpoints.py",
         "                reload_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint)))\n",
         "                pass\n",
         ("core_details",),
     ),
     Mutation(
         "resumed with other users",
-        "training/dpo.py",
+        "training/checkpoints.py",
         "        if vocab != self.user_vocab:\n",
         "        if len(vocab) != len(self.user_vocab or ()):\n",
         ("checkpoints",),
@@ -983,7 +983,7 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints cut off are not passed over",
-        "training/dpo.py",
+        "training/checkpoints.py",
         '            read_json(path / "trainer_state.json")\n',
         "            pass\n",
         ("checkpoints",),
@@ -1004,14 +1004,14 @@ MUTATIONS = [
     ),
     Mutation(
         "fingerprints not checked when training goes on",
-        "training/dpo.py",
+        "training/run_users.py",
         "            check_fingerprints(folder.parent, config)\n        return model, (user_model, user_vocab)",
         "            pass\n        return model, (user_model, user_vocab)",
         ("core_details",),
     ),
     Mutation(
         "fingerprints not checked on resuming",
-        "training/dpo.py",
+        "training/checkpoints.py",
         "        check_fingerprints(folder.parent, config)\n        if vocab",
         "        if vocab",
         ("core_details",),
@@ -1180,14 +1180,14 @@ MUTATIONS = [
     ),
     Mutation(
         "sampled the wrong way round",
-        "training/dpo.py",
+        "training/mixin.py",
         "(spread < self.args.personalization_alpha)",
         "(spread >= self.args.personalization_alpha)",
         ("prefix_sharing",),
     ),
     Mutation(
         "evaluation sampled too",
-        "training/dpo.py",
+        "training/mixin.py",
         'if self.model.training and self.args.generic_term == "sampled":',
         'if self.args.generic_term == "sampled":',
         ("prefix_sharing",),

@@ -26,7 +26,7 @@ from trl_personal import (
     UserModelConfig,
     UserVocab,
 )
-from trl_personal.training.dpo import _last_whole_checkpoint
+from trl_personal.training.checkpoints import _last_whole_checkpoint
 
 
 BOTH = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

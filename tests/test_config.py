@@ -4,6 +4,7 @@ import pytest
 from trl import DPOConfig, TrlParser
 
 from trl_personal import PersonalizedDPOConfig
+from trl_personal.training.config import PersonalizationConfig
 
 
 @pytest.fixture
@@ -32,19 +33,19 @@ def test_a_plain_config_is_taken_over_whole(make):
     theirs = make(
         DPOConfig, beta=0.7, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], hub_token="secret", max_length=77
     )
-    ours = PersonalizedDPOConfig.from_dpo_config(theirs)
+    ours = PersonalizedDPOConfig.from_trl_config(theirs)
     for field in fields(theirs):
         if field.init and field.name != "accelerator_config":
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
     assert ours.num_virtual_tokens == 10
-    assert PersonalizedDPOConfig.from_dpo_config(ours) is ours
+    assert PersonalizedDPOConfig.from_trl_config(ours) is ours
 
 
 def test_every_setting_has_a_help():
     ours = {field.name: field for field in fields(PersonalizedDPOConfig)}
     for name in ours.keys() - {field.name for field in fields(DPOConfig)}:
         assert ours[name].metadata["help"], name
-        assert f"{name} (" in PersonalizedDPOConfig.__doc__, name
+        assert f"{name} (" in PersonalizedDPOConfig.__doc__ + PersonalizationConfig.__doc__, name
 
 
 def test_parses_from_the_command_line(tmp_path):

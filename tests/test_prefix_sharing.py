@@ -287,7 +287,7 @@ def test_packing_is_checked_on_the_first_batch_that_can_be_packed(make_trainer):
     checked = []
     for inputs in (odd, batch):
         trainer.compute_loss(trainer.model, inputs)
-        checked.append(trainer._packing_is_checked)
+        checked.append(trainer.shared_prompts.is_checked)
     assert checked == [False, True]
 
 
@@ -301,9 +301,9 @@ def test_the_check_draws_nothing_at_random(make_trainer, tmp_path, caplog):
     trainer.model.train()
     state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING, "trl_personal.training.dpo"):
-        trainer._check_packing(trainer.model, batch)
+        trainer.shared_prompts.check(trainer.model, batch)
     assert torch.equal(torch.get_rng_state(), state)
-    assert trainer._packer is not None
+    assert trainer.shared_prompts.packer is not None
     assert caplog.messages == []
     assert all(module.training for module in trainer.model.modules())
 
@@ -348,7 +348,7 @@ def test_two_backward_passes_are_one(accumulation, make_trainer, monkeypatch):
     settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
     settings |= {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
     two = history(make_trainer("llama", **settings))
-    monkeypatch.setattr("trl_personal.PersonalizedDPOTrainer._has_two_backward_passes", lambda self: False)
+    monkeypatch.setattr("trl_personal.PersonalizedDPOTrainer._may_take_several_backward_passes", lambda self: False)
     assert_same_history(two, history(make_trainer("llama", **settings)), tolerance=1e-5)
 
 

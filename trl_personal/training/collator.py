@@ -14,18 +14,24 @@ from .prefix_sharing import PairPacker
 @dataclass
 class DataCollatorForPersonalizedPreference:
     """
-    Any collator of preferences, with `user_indices` added: LongTensor `(2 * batch,)`, one row of the user table for each row
-    of `input_ids`, chosen first, then rejected.
+    Any collator, with `user_indices` added: LongTensor `(rows_per_example * batch,)`, the row of the user table for each row
+    of `input_ids`. A batch of preferences has the chosen rows first, then the rejected ones.
+
+    TRL hands every key of a batch that it does not know to the model, and so `user_indices` reaches the model's forward pass
+    by itself ([`~models.soft_prompt.SoftPromptInsertion`] takes it there).
 
     Args:
         collator (`Callable`): Makes the batch, e.g. TRL's `DataCollatorForPreference`.
         user_vocab ([`UserVocab`]): Rows of the known users.
         user_id_column (`str`, *optional*, defaults to `"user_id"`): Where an example has its user. A missing or `None` user
             is the generic user, and so is one who is not in `user_vocab`.
-        row_collator (`Callable`, *optional*): The same as `collator`, without truncation. Needed for profiles only.
-        max_length (`int`, *optional*): That of `collator`.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`): That of `collator`.
+        row_collator (`Callable`, *optional*): The same as `collator`, without truncation. Only profiles need it.
+        max_length (`int`, *optional*): How many tokens `collator` keeps of a row. Only profiles need it.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`): Which end of a row `collator` keeps. Only profiles
+            need it.
         packer ([`~training.prefix_sharing.PairPacker`], *optional*): Adds `packed_pairs` where it pays to share prompts.
+        rows_per_example (`int`, *optional*, defaults to `2`): How many rows of a batch belong to one example: two where a
+            batch is `[chosen; rejected]`, one where examples are not paired.
 
     Examples with `user_prompt_ids`, the prompt with the user's profile in it, also come as `user_input_ids`,
     `user_attention_mask` and `user_completion_mask`, LongTensor `(2 * batch, user_seq_len)`: the same rows with the other
@@ -57,11 +63,12 @@ class DataCollatorForPersonalizedPreference:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     packer: PairPacker | None = None
+    rows_per_example: int = 2
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = self.user_vocab.encode([example.get(self.user_id_column) for example in examples])
         batch = self.collator(examples)
-        batch["user_indices"] = torch.tensor(rows).repeat(2)  # the batch is [chosen; rejected]
+        batch["user_indices"] = torch.tensor(rows).repeat(self.rows_per_example)
         with_profiles = self._rows_with_profiles(examples) if USER_PROMPT_IDS in examples[0] else {}
         for prefix, rows_of in ("", batch), ("user_", with_profiles):
             packed = self.packer(rows_of) if self.packer is not None and rows_of else None

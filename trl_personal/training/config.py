@@ -1,6 +1,7 @@
-"""Settings of [`PersonalizedDPOTrainer`]: TRL's, and a few of users."""
+"""Settings of the trainers: TRL's, and a few of users."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 from trl import DPOConfig
 
@@ -14,20 +15,21 @@ SHARE_PREFIX = ("auto", "always", "never")
 
 
 @dataclass
-class PersonalizedDPOConfig(DPOConfig):
+class PersonalizationConfig:
     """
-    [`~trl.DPOConfig`] with the settings of P-DPO (arXiv 2402.05133); their defaults are the paper's.
+    The settings of users (arXiv 2402.05133) that any trainer has; their defaults are the paper's. A trainer's own config puts
+    this class in front of TRL's: `class PersonalizedDPOConfig(PersonalizationConfig, DPOConfig)`.
 
     Parameters:
         user_model_kind (`str`, *optional*, defaults to `"individual"`):
             How users become soft prompts: `"individual"`, `"cluster"`, `"low_rank"` or any registered kind. `"none"` is
-            plain [`~trl.DPOTrainer`], to the last bit.
+            TRL's own trainer, to the last bit.
         num_virtual_tokens (`int`, *optional*, defaults to `10`):
-            Vectors in a user's soft prompt.
+            Number of vectors in a user's soft prompt.
         num_clusters (`int`, *optional*, defaults to `10`):
-            Shared soft prompts of the `"cluster"` kind.
+            Number of soft prompts that users of the `"cluster"` kind share.
         user_rank (`int`, *optional*, defaults to `32`):
-            Numbers per user of the `"low_rank"` kind.
+            How many numbers the `"low_rank"` kind keeps for each user.
         soft_prompt_init (`str`, *optional*, defaults to `"sample_vocab"`):
             Where soft prompts start: `"sample_vocab"` (embeddings of random tokens), `"random"` (noise on their scale) or
             `"text"` (embeddings of `soft_prompt_init_text`). Draws follow `seed`.
@@ -39,30 +41,24 @@ class PersonalizedDPOConfig(DPOConfig):
             `"exact"` computes both terms for every pair. `"sampled"` computes one of them for each pair, the user's with
             probability `personalization_alpha`: the same loss in expectation at half the policy passes, with more noise.
             Evaluation is always exact.
-        share_prefix (`str`, *optional*, defaults to `"auto"`):
-            Whether chosen and rejected share the tokens of their prompt: `"auto"` (in models known to compute the same,
-            for batches where it saves time), `"always"` or `"never"`.
         user_id_column (`str`, *optional*, defaults to `"user_id"`):
-            Column with the user of each pair, text or integers. `None` is the generic user.
-        user_profile_column (`str`, *optional*):
-            Column with text about the user of each pair (`None`: nothing is known). It is put into the prompt of the user's
-            term, and stays out of the generic term and the reference. `max_length` does not count it.
-        user_profile_template (`str`, *optional*, defaults to `"User profile: {profile}"`):
-            How a profile reads in the prompt: the system turn of a conversation, the first line of a text.
+            Column with the user of each row, text or integers. `None` is the generic user.
         user_learning_rate (`float`, *optional*):
-            Learning rate of the user model; the language model's `learning_rate` if not set.
+            Learning rate of the user model; the language model's `learning_rate` if it is not set.
     """
 
     user_model_kind: str = field(
         default="individual",
         metadata={
             "help": "How users become soft prompts: 'individual', 'cluster', 'low_rank' or any registered kind. 'none' is "
-            "plain DPOTrainer."
+            "TRL's own trainer."
         },
     )
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Vectors in a user's soft prompt."})
-    num_clusters: int = field(default=10, metadata={"help": "Shared soft prompts of the 'cluster' kind."})
-    user_rank: int = field(default=32, metadata={"help": "Numbers per user of the 'low_rank' kind."})
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Number of vectors in a user's soft prompt."})
+    num_clusters: int = field(
+        default=10, metadata={"help": "Number of soft prompts that users of the 'cluster' kind share."}
+    )
+    user_rank: int = field(default=32, metadata={"help": "How many numbers the 'low_rank' kind keeps for each user."})
     soft_prompt_init: str = field(
         default="sample_vocab",
         metadata={
@@ -85,6 +81,54 @@ class PersonalizedDPOConfig(DPOConfig):
             "choices": list(GENERIC_TERMS),
         },
     )
+    user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each row."})
+    user_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if it is not set."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if not 0.0 <= self.personalization_alpha <= 1.0:
+            raise ValueError(f"`personalization_alpha` must lie in [0, 1], got {self.personalization_alpha}.")
+        for name in ("num_virtual_tokens", "num_clusters", "user_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.user_model_kind != "none":
+            get_user_model_class(self.user_model_kind)
+        _check_choice("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
+        _check_choice("generic_term", self.generic_term, GENERIC_TERMS)
+        if (self.soft_prompt_init == "text") != (self.soft_prompt_init_text is not None):
+            raise ValueError(
+                '`soft_prompt_init_text` and `soft_prompt_init="text"` go together: set both, or neither '
+                f"(got {self.soft_prompt_init!r} and {self.soft_prompt_init_text!r})."
+            )
+        if self.user_learning_rate is not None and self.user_learning_rate < 0:
+            raise ValueError(f"`user_learning_rate` must not be negative, got {self.user_learning_rate}.")
+
+    @classmethod
+    def from_trl_config(cls, args: Any) -> Self:
+        """`args` itself if it has the settings of users, else a copy of it in which they have their defaults."""
+        if isinstance(args, cls):
+            return args
+        return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+
+
+@dataclass
+class PersonalizedDPOConfig(PersonalizationConfig, DPOConfig):
+    """
+    [`~trl.DPOConfig`] with the settings of P-DPO (arXiv 2402.05133): those of [`PersonalizationConfig`], and the following.
+
+    Parameters:
+        share_prefix (`str`, *optional*, defaults to `"auto"`):
+            Whether chosen and rejected share the tokens of their prompt: `"auto"` (in models known to compute the same,
+            for batches where it saves time), `"always"` or `"never"`.
+        user_profile_column (`str`, *optional*):
+            Column with text about the user of each pair (`None`: nothing is known). It is put into the prompt of the user's
+            term, and stays out of the generic term and the reference. `max_length` does not count it.
+        user_profile_template (`str`, *optional*, defaults to `"User profile: {profile}"`):
+            How a profile reads in the prompt: the system turn of a conversation, the first line of a text.
+    """
+
     share_prefix: str = field(
         default="auto",
         metadata={
@@ -92,7 +136,6 @@ class PersonalizedDPOConfig(DPOConfig):
             "choices": list(SHARE_PREFIX),
         },
     )
-    user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each pair."})
     user_profile_column: str | None = field(
         default=None,
         metadata={
@@ -103,41 +146,18 @@ class PersonalizedDPOConfig(DPOConfig):
         default=USER_PROFILE_TEMPLATE,
         metadata={"help": "How a profile reads in the prompt; `{profile}` is where it goes."},
     )
-    user_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if not set."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.personalization_alpha <= 1.0:
-            raise ValueError(f"`personalization_alpha` must lie in [0, 1], got {self.personalization_alpha}.")
-        for name in ("num_virtual_tokens", "num_clusters", "user_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.user_model_kind != "none":
-            get_user_model_class(self.user_model_kind)
-        if self.soft_prompt_init not in SOFT_PROMPT_INITS:
-            raise ValueError(f"`soft_prompt_init` must be one of {SOFT_PROMPT_INITS}, got {self.soft_prompt_init!r}.")
+        _check_choice("share_prefix", self.share_prefix, SHARE_PREFIX)
         if self.generic_term == "sampled" and self.user_profile_column is not None:
             raise ValueError(
                 '`generic_term="sampled"` cannot be combined with `user_profile_column`: the two terms read different '
                 'prompts. Use "exact", or train without profiles.'
             )
-        for name, choices in (("generic_term", GENERIC_TERMS), ("share_prefix", SHARE_PREFIX)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if (self.soft_prompt_init == "text") != (self.soft_prompt_init_text is not None):
-            raise ValueError(
-                '`soft_prompt_init_text` and `soft_prompt_init="text"` go together: set both, or neither '
-                f"(got {self.soft_prompt_init!r} and {self.soft_prompt_init_text!r})."
-            )
         check_user_profile_template(self.user_profile_template)
-        if self.user_learning_rate is not None and self.user_learning_rate < 0:
-            raise ValueError(f"`user_learning_rate` must not be negative, got {self.user_learning_rate}.")
 
-    @classmethod
-    def from_dpo_config(cls, args: DPOConfig) -> "PersonalizedDPOConfig":
-        """`args` itself if it has our settings, else a copy of it with their defaults."""
-        if isinstance(args, cls):
-            return args
-        return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

@@ -1,14 +1,15 @@
 """The margins of evaluated pairs, and how often each user's preferences come out right."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..users import GENERIC_USER_INDEX
 
@@ -151,3 +152,40 @@ class MarginRecorder:
             others = self.accuracy_by_user(name).values()
             metrics[f"users/accuracy_{name}"] = sum(others) / len(others)
         return metrics
+
+
+@contextmanager
+def metrics_under(trainer: Any, prefix: str | None) -> Iterator[None]:
+    """
+    Keep what a trainer of TRL logs inside under `prefix`, or nowhere if that is `None`. Without a prefix (`""`) nothing
+    changes; otherwise the tokens inside are not counted, since the user's own term has counted them.
+    """
+    if prefix == "":
+        yield
+        return
+    metrics, num_tokens = trainer._metrics, trainer._total_train_tokens
+    trainer._metrics = {mode: defaultdict(list) for mode in metrics}
+    try:
+        yield
+    finally:
+        logged, trainer._metrics, trainer._total_train_tokens = trainer._metrics, metrics, num_tokens
+    for mode, values in logged.items():
+        for name, numbers in values.items():
+            if prefix is not None and name != "num_tokens":
+                metrics[mode][prefix + name].extend(numbers)
+
+
+@contextmanager
+def scored_outputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """The output `name` of each forward pass of `model` inside; none in training, where nothing is scored."""
+    found: list[Tensor] = []
+    if model.training:
+        yield found
+        return
+    handle = model.register_forward_hook(
+        lambda module, args, output: found.append(output[name]) if name in output else None
+    )
+    try:
+        yield found
+    finally:
+        handle.remove()
