@@ -195,9 +195,7 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
         own = Term("", alpha, self.user_batch(batch))
         if self.model.training and self.args.generic_term == "sampled":
             return [Term("", 1.0, {**batch, "user_indices": self._sampled_users(batch["user_indices"])})]
-        if (
-            self.model.training and alpha == 1
-        ):  # the generic term would have no weight; evaluation reports it all the same
+        if self.model.training and alpha == 1:  # a term without weight; evaluation reports it all the same
             return [own]
         return [own, Term("generic/", 1 - alpha, self.generic_batch(batch))]
 
