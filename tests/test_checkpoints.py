@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from families import make_family
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_soft_prompt import personalize
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_personal import (
@@ -26,6 +28,7 @@ from trl_personal import (
     UserModelConfig,
     UserVocab,
 )
+from trl_personal.models.loading import check_fingerprints
 from trl_personal.training.checkpoints import _last_whole_checkpoint
 
 
@@ -121,6 +124,15 @@ def test_position_of_the_soft_prompt_is_saved_with_the_model(make_trainer, tmp_p
     assert torch.equal(loaded(ids, user_indices=users).logits, trainer.model(ids, user_indices=users).logits)
 
 
+def test_position_of_the_soft_prompt_is_that_of_the_tokenizers_bos(make_trainer, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "short"  # 3; the model's config says 1
+    trainer = make_trainer(trainer_kwargs={"processing_class": tokenizer})
+    trainer.save_model(str(tmp_path / "final"))
+    config = json.loads((tmp_path / "final/user_model/user_model_config.json").read_text())
+    assert config["bos_token_id"] == 3
+
+
 @BOTH
 @pytest.mark.parametrize("step", [1, 4])
 def test_kill_and_resume_equal_the_uninterrupted_run(make_trainer, make_args, tmp_path, lora, step):
@@ -166,6 +178,22 @@ def test_a_checkpoint_cut_off_is_passed_over_with_a_warning(make_trainer, tmp_pa
         resumed.train(resume_from_checkpoint=True)
     assert [record.args[0].name for record in caplog.records] == ["checkpoint-4", "checkpoint-3"]
     assert_equal_states(states(resumed), states(straight))
+
+
+def test_the_last_checkpoint_is_the_one_with_the_highest_number(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(**settings).train()
+    for step, number in ((1, 9), (2, 10)):
+        (tmp_path / f"out/checkpoint-{step}").rename(tmp_path / f"out/checkpoint-{number}")
+
+    class NoStep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise AssertionError("there was a step to train after the last checkpoint")
+
+    resumed = make_trainer(**settings)
+    resumed.add_callback(NoStep())
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
 
 
 def test_resuming_without_any_whole_checkpoint_says_so(make_trainer):
@@ -230,6 +258,20 @@ def test_training_goes_on_from_a_folder_and_new_users_are_appended(make_trainer,
     assert not torch.equal(second.user_model(everyone)[3], second.user_model(everyone)[0])
 
 
+def test_known_users_keep_their_soft_prompts_where_new_data_has_another_order(make_trainer, preferences, tmp_path):
+    first = make_trainer()
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    rows = Dataset.from_list([{**preferences[0], "user_id": "cy"}, preferences[1], preferences[0]])
+    second = make_trainer(trainer_kwargs={"model": str(tmp_path / "first"), "train_dataset": rows})
+    assert list(second.user_vocab) == ["ann", "bo", "cy"]
+    for user_id in ("ann", "bo"):
+        was, now = (
+            trainer.user_model(torch.tensor(trainer.user_vocab.encode([user_id]))) for trainer in (first, second)
+        )
+        assert torch.equal(was, now)
+
+
 def test_training_goes_on_from_a_loaded_model(make_trainer, tmp_path, tokenizer):
     first = make_trainer()
     first.train()
@@ -274,6 +316,31 @@ def test_a_pretrained_user_model_can_be_passed(make_trainer, tmp_path, make_args
         ValueError, match="`user_model_kind` is 'cluster' in the arguments, but 'individual' in `user_model`"
     ):
         make_trainer(user_model_kind="cluster", trainer_kwargs={"user_model": user_model, "user_vocab": vocab})
+
+
+@pytest.mark.parametrize("best", [False, True], ids=["resumed", "best"])
+def test_weights_that_transformers_saves_under_other_names_come_back(make_trainer, preferences, tmp_path, best):
+    make_family("mixtral").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "trainer_kwargs": {"model": str(tmp_path / "model"), "eval_dataset": preferences},
+    }
+    trained = make_trainer(**settings)
+    trained.train()
+    if best:
+        other = make_trainer(**settings, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1)
+        other.state.best_model_checkpoint = str(tmp_path / "out/checkpoint-2")
+        other._load_best_model()
+    else:
+        other = make_trainer(**settings)
+        other.train(resume_from_checkpoint=True)  # nothing left to do
+    expected = trained.model.state_dict()
+    assert [name for name in expected if "experts" in name]
+    for name, tensor in other.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 # --- Files of two saves, broken files ---------------------------------------------------------------------------------
@@ -338,6 +405,41 @@ def test_saving_a_merged_model_over_its_adapter_leaves_no_adapter_behind(make_tr
     merged.save_pretrained(tmp_path / "final")
     assert not (tmp_path / "final/adapter_model.safetensors").exists()
     assert (tmp_path / "final/model.safetensors").exists()
+
+
+def test_weights_that_are_gone_are_noticed(tmp_path):
+    with pytest.raises(ValueError, match="model.safetensors is not the file that the user model"):
+        check_fingerprints(tmp_path, {"language_model_files": {"model.safetensors": "0" * 64}})
+
+
+def test_training_does_not_go_on_with_a_vocabulary_of_another_size(make_trainer, tmp_path):
+    make_trainer().save_model(str(tmp_path / "first"))
+    UserVocab(["ann", "bo", "cy"]).save_pretrained(tmp_path / "first/user_model")
+    with pytest.raises(ValueError, match="rows for 2 users, the vocabulary has 3"):
+        make_trainer(trainer_kwargs={"model": str(tmp_path / "first")})
+
+
+def test_training_goes_on_and_resumes_from_one_save_only(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(**settings)
+    trainer.train()
+    checkpoint = tmp_path / "out/checkpoint-2"
+    make_trainer(trainer_kwargs={"model": str(checkpoint)})
+    personalize(make_model(seed=1)).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="parts of two saves"):
+        make_trainer(trainer_kwargs={"model": str(checkpoint)})
+    with pytest.raises(ValueError, match="parts of two saves"):
+        make_trainer(**settings).train(resume_from_checkpoint=True)
+
+
+def test_users_that_the_caller_gathered_are_those_written(tmp_path):
+    model = personalize(make_model())
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.user_model.user_offsets.weight, model.user_model.user_offsets.weight + 1)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight + 1)
 
 
 # --- Model card, hub --------------------------------------------------------------------------------------------------

@@ -321,3 +321,69 @@ def test_compiled_with_a_static_cache_makes_no_graph_that_the_plain_model_does_n
 def test_auto_class_says_how_it_is_made():
     with pytest.raises(OSError, match="from_pretrained"):
         AutoPersonalizedModelForCausalLM()
+
+
+# --- One row of ids with BOS ------------------------------------------------------------------------------------------
+
+BOS, EOS = 1, 2
+IDS = torch.tensor([[BOS, 5, 6, 7]])
+
+
+def test_min_length_counts_text_only():
+    model = personalize(make_model("gptj"))
+    model.generation_config.eos_token_id = EOS
+    model.get_output_embeddings().bias.data[EOS] = 1000.0  # stops as soon as it may
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    for min_length, length in ((0, 5), (9, 10)):
+        sequence = model.generate(**inputs, user_ids="ann", min_length=min_length, max_length=20, do_sample=False)
+        assert sequence.shape == (1, length)
+        assert sequence[0, -1] == EOS
+
+
+def test_eos_in_a_prompt_is_text_where_padding_has_the_same_id():
+    model = personalize(make_model("llama"))
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = EOS
+    ids = torch.tensor([[BOS, 5, EOS, 6, 7]])
+    options = {
+        "user_ids": "ann",
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    without = model.generate(ids, **options).scores[0]
+    torch.testing.assert_close(without, model.generate(ids, attention_mask=torch.ones_like(ids), **options).scores[0])
+    hidden = model.generate(ids, attention_mask=ids.ne(EOS).long(), **options).scores[0]
+    assert not torch.allclose(without, hidden)
+
+
+def test_the_repetition_penalty_leaves_eos_alone_where_it_is_padding_too():
+    model = personalize(make_model("llama"))
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = EOS
+    outputs = model.generate(
+        IDS,
+        user_ids="ann",
+        max_new_tokens=1,
+        repetition_penalty=5.0,
+        do_sample=False,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    penalized = (outputs.scores[0] != outputs.logits[0]).nonzero()[:, 1].tolist()
+    assert penalized == IDS[0].tolist()
+
+
+def test_token_types_are_those_of_the_prompt_in_generation():
+    model = personalize(make_model("gptj"))
+    types = torch.tensor([[4, 5, 4, 5]])
+    scores = model.generate(
+        IDS,
+        token_type_ids=types,
+        user_ids="ann",
+        max_new_tokens=1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    ).logits[0]
+    torch.testing.assert_close(scores, model(IDS, token_type_ids=types, user_indices=torch.tensor([1])).logits[:, -1])

@@ -160,6 +160,24 @@ def test_metrics_of_the_two_terms_are_kept_apart(make_trainer):
     assert "generic/num_tokens" not in metrics
 
 
+def test_the_users_metrics_are_of_the_pass_with_the_own_soft_prompt(make_trainer):
+    trainer = make_trainer(beta=0.3)
+    disturb(trainer)
+    examples, batch = batch_of(trainer, [0, 1, 2, 3])
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, batch)
+    metrics = trainer._metrics["eval"]
+    for prefix, users in (("", [1, 0, 0, 2]), ("generic/", [0, 0, 0, 0])):
+        chosen = [
+            log_prob_by_hand(
+                trainer.model, e["prompt_ids"], e["chosen_ids"], soft_prompt_by_hand(trainer.user_model, u)
+            )
+            for e, u in zip(examples, users, strict=True)
+        ]
+        assert metrics[prefix + "logps/chosen"] == [pytest.approx(sum(map(float, chosen)) / 4, rel=1e-5)]
+    assert not [name for name in metrics if "swap" in name]
+
+
 def test_reference_runs_once_per_pair_and_sees_no_user(make_trainer, monkeypatch):
     trainer = make_trainer()
     calls = []

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import CONFIGS, make_model
+from families import make_family
 from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache
 
 from trl_personal import (
     IndividualUserModel,
@@ -29,6 +31,11 @@ def make_user_model(token_dim=32, seed=5):
     return user_model
 
 
+def personalize(model, **kwargs):
+    attach_user_model(model, make_user_model(), UserVocab(["ann", "bo"]), **kwargs)
+    return model
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def model(request):
     return make_model(request.param)
@@ -36,9 +43,7 @@ def model(request):
 
 @pytest.fixture
 def personalized(model):
-    model = copy.deepcopy(model)
-    attach_user_model(model, make_user_model(), UserVocab(["ann", "bo"]))
-    return model
+    return personalize(copy.deepcopy(model))
 
 
 # rows with and without BOS, padded right, left, and not at all
@@ -179,3 +184,102 @@ def test_attaching_twice_or_what_does_not_fit_is_refused(personalized, model):
         attach_user_model(model, make_user_model(), UserVocab(["ann"]))
     with pytest.raises(ValueError, match="Linear is no decoder-only language model"):
         attach_user_model(torch.nn.Linear(2, 2), make_user_model(), UserVocab(["ann", "bo"]))
+
+
+# --- Outputs of a conditioned call ------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[BOS, 5, 6, 7]])
+ANN = torch.tensor([1])
+REAL = [0, 4, 5, 6]  # columns of `IDS` with the soft prompt of three after BOS
+PREDICTING = [3, 4, 5, 6]  # BOS is represented by the last virtual token
+
+
+def embeddings_by_hand(model, user=1):
+    """`IDS` with the soft prompt in, `(1, 7, 32)`, for a call without users."""
+    embeds = model.get_input_embeddings()(IDS[0])
+    offset = model.user_model.user_offsets.weight[user].view(NUM_VIRTUAL_TOKENS, -1)
+    return torch.cat([embeds[:1], model.user_model.generic_prompt + offset, embeds[1:]])[None]
+
+
+def test_attentions_are_from_predicting_columns_to_real_tokens():
+    model = personalize(make_model("llama"))
+    model.set_attn_implementation("eager")
+    by_hand = model(inputs_embeds=embeddings_by_hand(model), output_attentions=True).attentions
+    found = model(IDS, user_indices=ANN, output_attentions=True).attentions
+    assert len(found) == 2
+    for layer, expected in zip(found, by_hand, strict=True):
+        torch.testing.assert_close(layer, expected[:, :, PREDICTING][:, :, :, REAL])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_router_logits_are_those_of_the_real_tokens(family):
+    model = personalize(make_family(family))
+    by_hand = model(inputs_embeds=embeddings_by_hand(model), output_router_logits=True).router_logits
+    found = model(IDS, user_indices=ANN, output_router_logits=True).router_logits
+    for layer, expected in zip(found, by_hand, strict=True):
+        torch.testing.assert_close(layer, expected[REAL])
+
+
+def test_virtual_tokens_have_token_type_zero():
+    model = personalize(make_model("gptj"))  # adds the embedding of the token type
+    types = torch.tensor([[4, 5, 4, 5]])
+    by_hand = model(
+        inputs_embeds=embeddings_by_hand(model), token_type_ids=torch.tensor([[4, 0, 0, 0, 5, 4, 5]])
+    ).logits
+    found = model(IDS, token_type_ids=types, user_indices=ANN).logits
+    torch.testing.assert_close(found, by_hand[:, PREDICTING])
+
+
+# --- Calls that fail, hooks -------------------------------------------------------------------------------------------
+
+
+def out_of_memory(*args, **kwargs):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("where", ["language model", "layer"])
+def test_the_call_after_a_failed_one_is_plain(monkeypatch, where):
+    model = personalize(make_model("llama"))
+    expected = model(IDS).logits
+    module = model if where == "language model" else model.get_decoder().layers[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "forward", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(IDS, user_indices=ANN)
+    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model(IDS, use_cache=False).logits, expected)
+
+
+def test_a_model_that_does_not_call_its_decoder_is_named(monkeypatch):
+    model = personalize(make_model("llama"))
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: torch.zeros(1))
+    assert torch.equal(model(IDS), torch.zeros(1))
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM does not call its decoder as a module"):
+        model(IDS, user_indices=ANN)
+
+
+def test_no_hook_stays_after_detaching():
+    model = personalize(make_model("llama"))
+    user_model, vocab = detach_user_model(model)
+    attach_user_model(
+        model, user_model, vocab, bos_token_id=7
+    )  # rows that start with 1 have the soft prompt first now
+    found = model(IDS, user_indices=ANN).logits
+    torch.testing.assert_close(
+        found, personalize(make_model("llama"), bos_token_id=7)(IDS, user_indices=ANN).logits, rtol=0, atol=0
+    )
+    assert not torch.allclose(found, personalize(make_model("llama"))(IDS, user_indices=ANN).logits)
+
+
+def test_calls_that_cannot_be_conditioned_are_refused():
+    model = personalize(make_model("llama"))
+    with pytest.raises(ValueError, match=r"one user per row, shape \(1,\), got \(2,\)"):
+        model(IDS, user_indices=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"`attention_mask` of the shape of `input_ids`, \(1, 4\)"):
+        model(IDS, attention_mask=torch.ones(1, 1, 4, 4), user_indices=ANN)
+    cache = DynamicCache(config=model.config)
+    model(IDS, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="cannot continue from a cache"):
+        model(IDS, past_key_values=cache, user_indices=ANN)
+    with pytest.raises(ValueError, match="needs `input_ids`"):
+        model(inputs_embeds=embeddings_by_hand(model), user_indices=ANN)

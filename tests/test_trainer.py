@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, KINDS
+from conftest import CONFIGS, KINDS, make_model, make_tokenizer
 from datasets import Dataset
 
-from trl_personal import PersonalizedDPOTrainer
+from trl_personal import IndividualUserModel, PersonalizedDPOTrainer, UserModelConfig
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,11 @@ def test_a_user_without_rows_keeps_an_offset_of_exactly_zero(make_trainer):
     assert offsets[3].abs().sum() > 0
 
 
+def test_users_are_collected_in_order_of_first_appearance(make_trainer, preferences):
+    trainer = make_trainer(trainer_kwargs={"train_dataset": preferences.select([1, 3, 0, 2])})
+    assert list(trainer.user_vocab) == ["bo", "ann"]
+
+
 def test_user_model_has_an_optimizer_group_of_its_own(make_trainer):
     trainer = make_trainer(learning_rate=1e-3, user_learning_rate=0.5, weight_decay=0.1)
     trainer.create_optimizer()
@@ -89,6 +94,31 @@ def test_initial_prompt_from_a_text(make_trainer):
     trainer = make_trainer(soft_prompt_init="text", soft_prompt_init_text="please write")
     rows = trainer.model.get_input_embeddings().weight
     assert torch.equal(trainer.user_model.generic_prompt, rows[[6, 7, 6]])
+
+
+def test_prompts_start_from_tokens_and_not_from_padding_of_the_embedding_table(make_trainer, tmp_path):
+    model, tokenizer = make_model(), make_tokenizer()
+    model.resize_token_embeddings(512, mean_resizing=False)
+    model.get_input_embeddings().weight.data[len(tokenizer) :] = 1000.0
+    model.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    trainer = make_trainer(num_virtual_tokens=8, trainer_kwargs={"model": str(tmp_path / "wide")})
+    assert trainer.user_model.generic_prompt.abs().max() < 100
+
+
+@pytest.mark.parametrize("kind", ["individual", "cluster"])
+def test_making_users_does_not_move_the_global_generator(make_trainer, kind):
+    states = []
+    for user_model_kind in (kind, "none"):
+        make_trainer(user_model_kind=user_model_kind)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_user_model_of_half_precision_is_trained_in_float32(make_trainer):
+    user_model = IndividualUserModel(UserModelConfig(2, 3, 32)).to(torch.bfloat16)
+    trainer = make_trainer(trainer_kwargs={"user_model": user_model})
+    assert {parameter.dtype for parameter in trainer.user_model.parameters()} == {torch.float32}
 
 
 def test_two_runs_are_equal(make_trainer):

@@ -7,7 +7,7 @@ import torch
 from conftest import KINDS
 from safetensors.torch import load_file, save_file
 
-from trl_personal import UserModel, register_user_model
+from trl_personal import LowRankUserModel, LowRankUserModelConfig, UserModel, register_user_model
 from trl_personal.user_models import get_user_model_class
 from trl_personal.user_models.initialization import soft_prompt_drawer
 
@@ -128,6 +128,32 @@ def test_random_prompts_have_the_scale_of_the_vocabulary():
     prompts = soft_prompt_drawer(embedding, 50, 20, soft_prompt_init="random")(20)
     assert abs(prompts.std() / embedding.weight.std() - 1) < 0.05
     assert abs(prompts.mean() - 0.5) < 0.01
+
+
+def test_noise_of_random_prompts_follows_the_seed():
+    embedding = torch.nn.Embedding(50, 8)
+    one, again, other = (soft_prompt_drawer(embedding, 50, 2, "random", seed=seed)(3) for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_prompts_start_from_embeddings_as_the_model_scales_them():
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return 10 * super().forward(ids)
+
+    embedding = Scaled(5, 8)
+    prompt = soft_prompt_drawer(embedding, 5, 2, "text", text_ids=[4, 1])(1)[0]
+    assert torch.equal(prompt, 10 * embedding.weight[[4, 1]])
+
+
+def test_offsets_of_low_rank_start_on_the_scale_of_the_embeddings():
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(50, 64)
+    user_model = LowRankUserModel(LowRankUserModelConfig(2, 10, 64, user_rank=8))
+    user_model.initialize(soft_prompt_drawer(embedding, 50, 10))
+    assert user_model.shared_basis.std().item() == pytest.approx(user_model.generic_prompt.std().item(), rel=1e-4)
+    assert user_model.shared_basis.std().item() == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "num_clusters", "num_users"])

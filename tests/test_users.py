@@ -39,6 +39,18 @@ def test_save_and_load_keep_rows(tmp_path):
     assert UserVocab.from_pretrained(tmp_path) == vocab
 
 
+def test_vocabularies_are_equal_in_the_same_order_only():
+    assert UserVocab(["ann", "bo"]) == UserVocab(["ann", "bo"])
+    assert UserVocab(["ann", "bo"]) != UserVocab(["bo", "ann"])
+
+
+def test_rows_of_a_saved_vocabulary_are_its_numbers_and_not_the_order_of_the_file(tmp_path):
+    (tmp_path / "users.json").write_text('{"bo": 2, "cy": 3, "ann": 1}')
+    vocab = UserVocab.from_pretrained(tmp_path)
+    assert list(vocab) == ["ann", "bo", "cy"]
+    assert vocab.encode(["bo", "cy", "ann"]) == [2, 3, 1]
+
+
 def test_repr_names_nobody():
     assert repr(UserVocab(["ann"])) == "UserVocab(num_users=1)"
 

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from datasets import Dataset
+from test_loss import disturb
 
 from trl_personal.training.user_metrics import MarginRecorder, pair_margins, swapped_user_indices
 
@@ -51,3 +53,54 @@ def test_means_are_over_users_and_not_over_pairs():
         "users/accuracy_worst": 0.0,
         "users/accuracy_swapped": (0.25 + 1.0) / 2,
     }
+
+
+def test_a_tie_is_not_right(make_trainer, preferences):
+    row = preferences[0]
+    same = Dataset.from_list([{**row, "rejected": row["chosen"]}])
+    metrics = make_trainer().evaluate(same)
+    assert metrics["eval_users/accuracy_mean"] == 0.0
+    assert metrics["eval_users/accuracy_swapped"] == 0.0
+
+
+def test_each_evaluation_counts_its_own_pairs(make_trainer, preferences):
+    trainer = make_trainer()
+    row = preferences[0]
+    flipped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    one, other = Dataset.from_list([row]), Dataset.from_list([flipped])
+    for eval_dataset in (one, other, {"one": one, "other": other, "again": one}):
+        trainer.evaluate(eval_dataset)
+    accuracies = [
+        log[name] for log in trainer.state.log_history for name in log if name.endswith("users/accuracy_mean")
+    ]
+    assert accuracies in ([1.0, 0.0] * 2 + [1.0], [0.0, 1.0] * 2 + [0.0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pairs_that_were_predicted_do_not_count_in_the_next_evaluation(make_trainer, preferences):
+    row = preferences[0]
+    flipped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    one = Dataset.from_list([row])
+    tokenized = make_trainer(trainer_kwargs={"train_dataset": Dataset.from_list([flipped])}).train_dataset
+    trainer = make_trainer()
+    accuracy = trainer.evaluate(one)["eval_users/accuracy_mean"]
+    trainer.predict(tokenized)
+    assert trainer.evaluate(one)["eval_users/accuracy_mean"] == accuracy  # 0 or 1; one half with the other pair
+
+
+def test_the_generic_user_is_evaluated_where_alpha_is_one(make_trainer, preferences):
+    metrics = make_trainer(personalization_alpha=1.0).evaluate(preferences)
+    assert 0 <= metrics["eval_generic/rewards/accuracies"] <= 1
+
+
+def test_tokens_past_the_shorter_answer_count_in_the_accuracy_of_users_as_in_trls(make_trainer, preferences):
+    accuracies = []
+    for ld_alpha in (0.0, None):
+        trainer = make_trainer(ld_alpha=ld_alpha, per_device_eval_batch_size=8)
+        disturb(trainer, seed=3)
+        metrics = trainer.evaluate(
+            preferences
+        )  # as many pairs of `ann` as of `bo`: the mean over pairs is that over users
+        assert metrics["eval_users/accuracy_mean"] == metrics["eval_rewards/accuracies"]
+        accuracies.append(metrics["eval_users/accuracy_mean"])
+    assert accuracies[0] != accuracies[1]
