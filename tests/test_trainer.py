@@ -206,3 +206,36 @@ def test_compute_metrics_sees_logits_aligned_with_the_ids(make_trainer, preferen
         metrics = trainer.evaluate(preferences)
     assert metrics["eval_seen"] == 1.0
     assert shapes[0][0] == shapes[0][1]
+
+
+def test_frozen_parameters_stay_frozen(make_trainer, preferences, caplog):
+    """Whatever the caller froze before construction: a part of a user model, or all of it."""
+    config = UserModelConfig(num_users=2, num_virtual_tokens=3, token_dim=32)
+    user_model = IndividualUserModel(config)
+    user_model.generic_prompt.requires_grad_(False)
+    trainer = make_trainer(trainer_kwargs={"user_model": user_model}, user_learning_rate=0.1)
+    before = {name: value.clone() for name, value in user_model.state_dict().items()}
+    trainer.train()
+    group = trainer.optimizer.param_groups[-1]
+    assert [id(parameter) for parameter in group["params"]] == [id(user_model.user_offsets.weight)]
+    assert torch.equal(user_model.generic_prompt, before["generic_prompt"])
+    assert not torch.equal(user_model.user_offsets.weight, before["user_offsets.weight"])
+    assert not caplog.records
+
+    # the same user model goes on with a new user: `resize` makes a new one, in which the prompt is still frozen
+    newcomer = preferences.map(lambda row: {"user_id": "cy" if row["user_id"] == "bo" else row["user_id"]})
+    again = make_trainer(trainer_kwargs={"model": trainer.model, "train_dataset": newcomer})
+    assert len(again.user_vocab) == 3
+    assert [name for name, p in again.user_model.named_parameters() if not p.requires_grad] == ["generic_prompt"]
+
+
+def test_a_frozen_user_model_is_told_and_the_language_model_trains(make_trainer, caplog):
+    user_model = IndividualUserModel(UserModelConfig(num_users=2, num_virtual_tokens=3, token_dim=32))
+    user_model.requires_grad_(False)
+    trainer = make_trainer(trainer_kwargs={"user_model": user_model})
+    assert "All parameters of the user model are frozen" in caplog.text
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert not [name for name in moved if name.startswith("user_model.")]

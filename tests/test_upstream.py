@@ -1,15 +1,23 @@
 """What we rely on in TRL, transformers and PEFT. When a test here fails, read their changes first."""
 
+import ast
+import re
 from collections import Counter
-from inspect import signature
+from inspect import getsource, signature
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from datasets import Dataset
+from huggingface_hub import ModelHubMixin
 from transformers import PreTrainedModel, Trainer
+from transformers.utils.hub import cached_files
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from trl_personal import PersonalizedDPOTrainer
+import trl_personal
+from trl_personal import IndividualUserModel, PersonalizedDPOTrainer, UserModelConfig
 
 
 OVERRIDDEN = [
@@ -86,6 +94,61 @@ def test_private_state_we_touch(make_trainer):
     assert trainer._total_train_tokens == 0
     assert trainer.precompute_ref_logps is False
     assert trainer._tokenizer.pad_token == "<pad>"
+    assert trainer._is_vision_dataset is False
+    assert trainer.aux_loss_enabled is False
+    assert trainer.ld_alpha is None
+    trainer._set_signature_columns_if_needed()
+    assert isinstance(trainer._signature_columns, list)
+    assert DPOTrainer._name == "DPO"
+    assert PreTrainedModel._keys_to_ignore_on_save is None
+    assert trainer.model.config._attn_implementation == "sdpa"
+    assert isinstance(trainer._prepare_inputs({"x": torch.ones(1)})["x"], torch.Tensor)
+    assert {name for name in signature(cached_files).parameters if name.startswith("_raise")} == {
+        "_raise_exceptions_for_gated_repo",
+        "_raise_exceptions_for_missing_entries",
+        "_raise_exceptions_for_connection_errors",
+    }
+
+
+def test_the_hash_of_the_model_is_the_key_of_precomputed_references(make_trainer, preferences):
+    """TRL keeps them in a file named by `_precompute_model_hash`, unless that is set, and the dataset's `_fingerprint`."""
+    trainer = make_trainer(user_model_kind="none", precompute_ref_log_probs=True)
+    source = getsource(DPOTrainer._precompute_ref_logps)
+    assert trainer._precompute_model_hash
+    assert "self._precompute_model_hash" in source
+    assert "dataset._fingerprint" in source
+
+
+def test_a_user_model_writes_no_config_of_the_hubs(tmp_path):
+    user_model = IndividualUserModel(UserModelConfig(num_users=1, num_virtual_tokens=2, token_dim=4))
+    assert "_hub_mixin_config" in getsource(ModelHubMixin.save_pretrained)
+    user_model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_list_of_private_names_in_the_documentation_is_complete():
+    """Every private attribute in the package that is neither defined nor set there belongs to somebody else."""
+    used, own = set(), set()
+    for path in Path(trl_personal.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                own.add(node.target.id)
+            elif isinstance(node, ast.Attribute):
+                is_set_here = isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self"
+                (own if is_set_here else used).add(node.attr)
+            elif isinstance(node, ast.keyword):
+                used.add(node.arg or "")
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                used |= {*node.module.split("."), *(alias.name for alias in node.names)}
+    upstream = {*dir(DPOTrainer), *dir(PreTrainedModel), *vars(Dataset), "_fingerprint", "_precompute_model_hash"}
+    private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+    theirs = private - own | {name for name in used | own if name.startswith("_") and name in upstream}
+    theirs |= {"_hub_mixin_config"} | {"_metrics", "_total_train_tokens"}
+    theirs = {name for name in theirs if not name.startswith("__")}
+    page = (ROOT / "docs" / "how_it_works.md").read_text().split("## What of others we depend on")[1]
+    assert theirs == set(re.findall(r"`(_[a-zA-Z_]+)`", page))
 
 
 def test_extra_batch_keys_reach_the_model(make_trainer):
