@@ -106,6 +106,21 @@ def test_packed_rows_score_the_same(family, attention, users):
     assert_same(with_users(model), batch, USERS[users], pack_pairs(**batch))
 
 
+@pytest.mark.parametrize("num_virtual_tokens", [3, 5])
+def test_soft_prompts_in_the_call_are_packed_as_users_are(num_virtual_tokens):
+    model = with_users(make_model("llama"))
+    batch = collate(PAIRS, seq_len=13)
+    labels = batch.pop("completion_mask").eq(0)
+    labels = batch["input_ids"].masked_fill(labels, -100)
+    torch.manual_seed(2)
+    soft_prompts = torch.randn(len(PAIRS), num_virtual_tokens, 32).repeat(2, 1, 1)
+    call = {**batch, "soft_prompts": soft_prompts, "labels": labels, "fused_lm_head": True, "use_cache": False}
+    packed = pack_pairs(**collate(PAIRS, seq_len=13)).to_dict()
+    torch.testing.assert_close(
+        model(**call, packed_pairs=packed).log_probs, model(**call).log_probs, rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_any_batch(seed):
     draw = random.Random(seed)

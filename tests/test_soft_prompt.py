@@ -168,6 +168,61 @@ def test_the_object_keeps_its_type_and_detaching_undoes_everything(model):
         detach_user_model(model)
 
 
+# --- Soft prompts in the call -----------------------------------------------------------------------------------------
+
+
+def gradients_of(model, **conditions):
+    model.zero_grad()
+    logits = model(**BATCH, **conditions).logits
+    logits.square().sum().backward()
+    return logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_users_are_their_soft_prompts(model, lora):
+    if lora:
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        model = get_peft_model(model, config).eval()
+    attach_user_model(model, make_user_model(), UserVocab(["ann", "bo"]))
+    user_model = next(module for module in model.modules() if isinstance(module, IndividualUserModel))
+    logits, gradients = gradients_of(model, user_indices=USERS)
+    given_logits, given_gradients = gradients_of(model, soft_prompts=user_model(USERS))
+    assert torch.equal(logits, given_logits)
+    assert gradients.keys() == given_gradients.keys()
+    assert any("user_offsets" in name for name in gradients)
+    assert all(torch.equal(gradients[name], given_gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("num_virtual_tokens", [1, 5])
+def test_soft_prompts_may_have_another_length_than_the_user_model_makes(model, personalized, num_virtual_tokens):
+    torch.manual_seed(1)
+    soft_prompts = torch.randn(1, num_virtual_tokens, 32)
+    ids = torch.tensor([[BOS, 5, 6, 7]])
+    embeds = model.get_input_embeddings()(ids)
+    embeds = torch.cat([embeds[:, :1], soft_prompts, embeds[:, 1:]], dim=1)
+    expected = model(inputs_embeds=embeds).logits[:, num_virtual_tokens:]  # BOS: that of the last virtual token
+    torch.testing.assert_close(personalized(ids, soft_prompts=soft_prompts).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_soft_prompts_of_none_are_the_plain_model(model, personalized):
+    assert torch.equal(personalized(**BATCH, soft_prompts=None).logits, model(**BATCH).logits)
+
+
+def test_soft_prompts_that_do_not_fit_are_refused(model, personalized):
+    right = personalized.user_model(USERS)
+    with pytest.raises(ValueError, match="`user_indices` or `soft_prompts`, not both"):
+        personalized(**BATCH, user_indices=USERS, soft_prompts=right)
+    for wrong in (right[:2], right[0], right[:, :, :16], right[:, :0], right[None]):
+        shape = str(tuple(wrong.shape)).replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=rf"one prompt per row.*\(5, 1 or more, 32\), got {shape}.*user_model"):
+            personalized(**BATCH, soft_prompts=wrong)
+    with pytest.raises(TypeError, match="floating-point numbers, got torch.int64"):
+        personalized(**BATCH, soft_prompts=right.long())
+    with pytest.raises(TypeError, match="floating-point numbers, got list"):
+        personalized(**BATCH, soft_prompts=right.tolist())
+    assert torch.equal(personalized(**BATCH).logits, model(**BATCH).logits)
+
+
 def test_position_ids_count_on_through_the_soft_prompt():
     positions = torch.tensor([0, 1, 2])
     position_ids = torch.arange(2).expand(3, 2)
@@ -182,7 +237,7 @@ def test_attaching_twice_or_what_does_not_fit_is_refused(personalized, model):
         attach_user_model(model, make_user_model(token_dim=16), UserVocab(["ann", "bo"]))
     with pytest.raises(ValueError, match="rows for 2 users, the vocabulary has 1"):
         attach_user_model(model, make_user_model(), UserVocab(["ann"]))
-    with pytest.raises(ValueError, match="Linear is no decoder-only language model"):
+    with pytest.raises(ValueError, match="Linear is not a decoder-only transformers model"):
         attach_user_model(torch.nn.Linear(2, 2), make_user_model(), UserVocab(["ann", "bo"]))
 
 

@@ -1,6 +1,5 @@
 """Makes a causal language model one with users, in place, and undoes it."""
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -9,6 +8,7 @@ from transformers import PreTrainedModel
 from ..user_models import UserModel
 from ..users import UserVocab
 from .generation import PersonalizedGeneration
+from .mixins import add_mixin, remove_mixin
 from .saving import PersonalizedSaving, get_base_model
 from .soft_prompt import SoftPromptInsertion
 
@@ -45,7 +45,7 @@ def attach_user_model(
             [`render_user_profile`]; kept as `model.user_profile_template`.
 
     Raises:
-        `ValueError`: if the model has a user model already, is no decoder-only language model, or does not fit the
+        `ValueError`: if the model has a user model already, is not a decoder-only transformers model, or does not fit the
         user model or vocabulary.
     """
     causal_lm = get_base_model(model)
@@ -61,9 +61,9 @@ def attach_user_model(
     causal_lm._soft_prompt_insertion = SoftPromptInsertion(causal_lm, bos_token_id)
     # transformers leaves these keys out of the LM's files, and does not miss them when it loads a checkpoint
     causal_lm._keys_to_ignore_on_save = set(causal_lm._keys_to_ignore_on_save or ()) | _user_model_keys(user_model)
-    _add_base(causal_lm, PersonalizedGeneration)
+    add_mixin(causal_lm, PersonalizedGeneration)
     if model is not causal_lm:
-        _add_base(model, PersonalizedSaving)
+        add_mixin(model, PersonalizedSaving)
 
 
 def detach_user_model(model: nn.Module) -> tuple[UserModel, UserVocab]:
@@ -81,8 +81,9 @@ def detach_user_model(model: nn.Module) -> tuple[UserModel, UserVocab]:
     causal_lm._keys_to_ignore_on_save -= _user_model_keys(user_model)
     for name in ("user_model", "user_vocab", "user_profile_template", "_soft_prompt_insertion"):
         delattr(causal_lm, name)
-    for module in {id(m): m for m in (causal_lm, model)}.values():
-        module.__class__ = type(module).__bases__[1]
+    remove_mixin(causal_lm, PersonalizedGeneration)
+    if model is not causal_lm:
+        remove_mixin(model, PersonalizedSaving)
     return user_model, user_vocab
 
 
@@ -99,7 +100,7 @@ def _check_fit(causal_lm: Any, user_model: UserModel, user_vocab: UserVocab) -> 
     is_decoder = isinstance(causal_lm, PreTrainedModel) and not causal_lm.config.is_encoder_decoder
     if not is_decoder:
         raise ValueError(
-            f"{type(causal_lm).__name__} is no decoder-only language model of transformers; only those can have users."
+            f"{type(causal_lm).__name__} is not a decoder-only transformers model. User models work with those only."
         )
     if causal_lm.get_decoder() is causal_lm:
         raise ValueError(f"{type(causal_lm).__name__} has no decoder below its LM head to insert soft prompts in.")
@@ -113,13 +114,3 @@ def _check_fit(causal_lm: Any, user_model: UserModel, user_vocab: UserVocab) -> 
 
 def _user_model_keys(user_model: UserModel) -> set[str]:
     return {f"user_model.{name}" for name in user_model.state_dict()}
-
-
-def _add_base(module: Any, mixin: type) -> None:
-    module.__class__ = _personalized_class(mixin, module.__class__)
-
-
-@cache
-def _personalized_class(mixin: type, cls: Any) -> Any:
-    # transformers and PEFT write and compare class names, so the subclass keeps the name of the class
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})

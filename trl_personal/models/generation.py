@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from ..user_models import UserModel
 from ..user_profile import insert_profile_ids, require_template
 from ..users import GENERIC_USER_INDEX, UserId, UserVocab
+from .calls import OwnCalls
 from .saving import PersonalizedSaving
 from .soft_prompt import SoftPromptInsertion, insert_values
 
@@ -21,8 +22,8 @@ from .soft_prompt import SoftPromptInsertion, insert_values
 logger = logging.getLogger(__name__)
 
 
-class PersonalizedGeneration(PersonalizedSaving):
-    """Added in front of a causal LM's class by [`attach_user_model`]: generation for a batch of users."""
+class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
+    """Added in front of a causal LM's class by [`attach_user_model`]: generation for a batch of users, calls of its own."""
 
     user_model: UserModel
     user_vocab: UserVocab
@@ -76,7 +77,7 @@ class PersonalizedGeneration(PersonalizedSaving):
         with torch.no_grad():
             soft_prompt = self.user_model(users)[of_user]
             conditioned, _, token, virtual = self._soft_prompt_insertion.condition(
-                user_indices, input_ids, attention_mask, soft_prompt=soft_prompt
+                soft_prompt, input_ids, attention_mask
             )
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)

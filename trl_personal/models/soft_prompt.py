@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..user_models import UserModel
+from .calls import in_call, keep, take
 
 
 def insertion_positions(input_ids: Tensor, attention_mask: Tensor | None, bos_token_id: int | None) -> Tensor:
@@ -139,24 +140,25 @@ def _gather(values: Tensor, columns: Tensor) -> Tensor:
 class SoftPromptInsertion:
     """
     Conditions a causal LM on users: with `user_indices` (LongTensor `(batch,)`) in the call, each row gets its user's soft
-    prompt, and the outputs stay aligned with the caller's `input_ids`. Without, the model is the plain model.
+    prompt, and the outputs stay aligned with the caller's `input_ids`. `soft_prompts` `(batch, T, token_dim)` in their place
+    are put in as they are, whatever they were made from. With neither, the model is the plain model.
 
     It is a pair of hooks on the decoder (the model below the LM head), which every causal LM calls as a module, whether
     wrapped by PEFT or not, with logits or through TRL's fused head. The LM head, labels and losses above never see a virtual
     token. Another pair takes `user_indices` out of the causal LM's call, as some models do not pass on what they do not know,
-    and makes sure that the decoder got them. The user model itself is a submodule of the causal LM, so that DDP, FSDP and
-    ZeRO find it.
+    and makes sure that the decoder got them. What one hook leaves for the next is the call's own (see [`OwnCalls`]), so that
+    threads, calls inside calls and failed calls do not meet. The user model itself is a submodule of the causal LM, so that
+    DDP, FSDP and ZeRO find it.
 
     Args:
-        causal_lm (`PreTrainedModel`): The model with the LM head, without PEFT around it.
+        causal_lm (`PreTrainedModel`): The model with the LM head, without PEFT around it. Its class has [`OwnCalls`] when
+            it is called.
         bos_token_id (`int`, *optional*): The soft prompt goes after it in rows that start with it.
     """
 
     def __init__(self, causal_lm: Any, bos_token_id: int | None) -> None:
         self.causal_lm = causal_lm
         self.bos_token_id = bos_token_id
-        self._call: tuple[Tensor, Tensor | None] | None = None
-        self._positions: Tensor | None = None
         decoder = causal_lm.get_decoder()
         self._handles = [
             causal_lm.register_forward_pre_hook(self._take_users, with_kwargs=True),
@@ -164,7 +166,7 @@ class SoftPromptInsertion:
             decoder.register_forward_pre_hook(
                 self._insert, with_kwargs=True, prepend=True
             ),  # before masks are made of it
-            decoder.register_forward_hook(self._realign, prepend=True),
+            decoder.register_forward_hook(self._realign, prepend=True, always_call=True),
         ]
 
     @property
@@ -179,62 +181,62 @@ class SoftPromptInsertion:
 
     def condition(
         self,
-        user_indices: Tensor,
+        soft_prompts: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None = None,
-        soft_prompt: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """
         `inputs_embeds` and `attention_mask` for the decoder, with `positions`, `token` and `virtual` (see the functions).
-        The embeddings of `input_ids` are looked up, unless they are given, as where a model has put images into them; and so
-        are the soft prompts.
+        The embeddings of `input_ids` are looked up, unless they are given, as where a model has put images into them.
 
         Raises:
-            `ValueError`: if the batch has another number of users than rows, or the mask is not `(batch, seq_len)`.
+            `ValueError`: if the soft prompts do not fit the rows, or the mask is not `(batch, seq_len)`. `TypeError`: if
+            the soft prompts are not floating-point numbers.
         """
-        if user_indices.shape != input_ids.shape[:1]:
-            raise ValueError(
-                f"`user_indices` must hold one user per row, shape ({input_ids.shape[0]},), got {tuple(user_indices.shape)}."
-            )
         if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
             raise ValueError(
                 f"With users, the decoder needs an `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}. "
                 f"{type(self.causal_lm).__name__} was given, or has prepared, another one: not supported."
             )
-        if soft_prompt is None:
-            soft_prompt = self.user_model(user_indices)
-        positions = insertion_positions(input_ids, attention_mask, self.bos_token_id)
-        token, virtual = source_columns(positions, input_ids.shape[1], soft_prompt.shape[1])
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if inputs_embeds is None:
             inputs_embeds = self.causal_lm.get_input_embeddings()(input_ids)
+        _check_soft_prompts(soft_prompts, input_ids.shape[0], inputs_embeds.shape[-1])
+        positions = insertion_positions(input_ids, attention_mask, self.bos_token_id)
+        token, virtual = source_columns(positions, input_ids.shape[1], soft_prompts.shape[1])
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         conditioned = {
-            "inputs_embeds": insert_soft_prompt(soft_prompt, inputs_embeds, token, virtual),
+            "inputs_embeds": insert_soft_prompt(soft_prompts, inputs_embeds, token, virtual),
             "attention_mask": insert_values(mask, token, virtual, 1),
         }
         return conditioned, positions, token, virtual
 
     def _take_users(self, causal_lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         user_indices = kwargs.pop("user_indices", None)
-        self._call = None
-        if user_indices is not None:
-            self._call = user_indices, args[0] if args else kwargs.get("input_ids")
+        soft_prompts = kwargs.pop("soft_prompts", None)
+        if user_indices is not None and soft_prompts is not None:
+            raise ValueError(
+                "A call takes `user_indices` or `soft_prompts`, not both: the former stand for "
+                "`soft_prompts=model.user_model(user_indices)`. Leave one of them out."
+            )
+        if user_indices is not None or soft_prompts is not None:
+            keep(self, "users", (user_indices, soft_prompts, args[0] if args else kwargs.get("input_ids")))
         return args, kwargs
 
     def _check_users(self, causal_lm: nn.Module, args: tuple, output: Any) -> None:
-        if self._call is not None:
-            self._call = None
+        if take(self, "users") is not None:
             raise RuntimeError(
                 f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. "
                 "Please report the model."
             )
 
     def _insert(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        call, self._call, self._positions = self._call, None, None
-        if call is None:
+        users = take(self, "users")
+        if users is None:
+            if in_call():  # a call of the decoder inside a conditioned one, by somebody's hook, is plain
+                keep(self, "inserted", None)
             return args, kwargs
-        user_indices, input_ids = call
+        user_indices, soft_prompts, input_ids = users
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None` for most
         embeds_at_call = "inputs_embeds" in kwargs and "input_ids" in kwargs
         kwargs.pop("input_ids", None)
@@ -243,9 +245,16 @@ class SoftPromptInsertion:
         caches = [value for value in kwargs.values() if hasattr(value, "get_seq_length")]
         if any(cache.get_seq_length() > 0 for cache in caches):
             raise ValueError("A call with users cannot continue from a cache; use `generate(..., user_ids=...)`.")
+        if soft_prompts is None:
+            if user_indices.shape != input_ids.shape[:1]:
+                raise ValueError(
+                    f"`user_indices` must hold one user per row, shape ({input_ids.shape[0]},), got "
+                    f"{tuple(user_indices.shape)}."
+                )
+            soft_prompts = self.user_model(user_indices)
         embeds = kwargs.pop("inputs_embeds", None)
         conditioned, positions, token, virtual = self.condition(
-            user_indices, input_ids, kwargs.pop("attention_mask", None), embeds
+            soft_prompts, input_ids, kwargs.pop("attention_mask", None), embeds
         )
         for name, values in kwargs.items():
             if not isinstance(values, Tensor) or values.shape[-1:] != input_ids.shape[-1:]:
@@ -254,11 +263,25 @@ class SoftPromptInsertion:
                 kwargs[name] = insert_position_ids(values, positions, token, virtual)
             elif values.shape == input_ids.shape:  # token types, where images are, ...
                 kwargs[name] = insert_values(values, token, virtual, 0)
-        self._positions = positions
+        keep(self, "inserted", (positions, soft_prompts.shape[1]))
         return (), {**kwargs, **conditioned}
 
     def _realign(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
-        positions, self._positions = self._positions, None
-        if positions is None:
-            return output
-        return realign_outputs(output, positions, self.user_model.config.num_virtual_tokens)
+        inserted = take(self, "inserted")
+        if inserted is None or output is None:  # there is no output if the decoder failed
+            return None
+        positions, num_virtual_tokens = inserted
+        return realign_outputs(output, positions, num_virtual_tokens)
+
+
+def _check_soft_prompts(soft_prompts: Tensor, batch_size: int, token_dim: int) -> None:
+    advice = "`model.user_model(user_indices)` returns what fits."
+    if not isinstance(soft_prompts, Tensor) or not soft_prompts.is_floating_point():
+        found = soft_prompts.dtype if isinstance(soft_prompts, Tensor) else type(soft_prompts).__name__
+        raise TypeError(f"`soft_prompts` must be a tensor of floating-point numbers, got {found}. {advice}")
+    shape = tuple(soft_prompts.shape)
+    if len(shape) != 3 or shape[0] != batch_size or shape[1] < 1 or shape[2] != token_dim:
+        raise ValueError(
+            f"`soft_prompts` must hold one prompt per row, shape (batch, virtual tokens, width of the embeddings) = "
+            f"({batch_size}, 1 or more, {token_dim}), got {shape}. {advice}"
+        )

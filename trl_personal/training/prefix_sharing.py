@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
+from ..models.calls import OwnCalls, in_call, keep, take
+from ..models.mixins import add_mixin
+
 
 PADDING, PREFIX, CHOSEN, REJECTED = 0, 1, 2, 3  # the branch of a column; nonzero where an attention mask is
 BATCH_KEYS = {
@@ -336,49 +339,48 @@ class PrefixSharing:
 
     def __init__(self, causal_lm: Any) -> None:
         self.config = causal_lm.config.get_text_config()
-        self._packed: PackedPairs | None = None
+        if not isinstance(causal_lm, OwnCalls):  # the reference policy; a model with users has it already
+            add_mixin(causal_lm, OwnCalls)
         decoder = causal_lm.get_decoder()
-        self._handles = [
-            causal_lm.register_forward_pre_hook(self._pack, with_kwargs=True, prepend=True),
-            causal_lm.register_forward_hook(self._unpack),
-            decoder.register_forward_pre_hook(self._mask, with_kwargs=True),
-            decoder.register_forward_hook(self._select),
-        ]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        causal_lm.register_forward_pre_hook(self._pack, with_kwargs=True, prepend=True)  # before users are taken
+        causal_lm.register_forward_hook(self._unpack)
+        decoder.register_forward_pre_hook(self._mask, with_kwargs=True)  # after the soft prompt was put in
+        decoder.register_forward_hook(self._select, always_call=True)  # after it was taken out
 
     def _pack(self, causal_lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        packed = kwargs.pop("packed_pairs", None)
-        self._packed = None
-        if packed is None or not kwargs.get("fused_lm_head"):  # TRL asks for logits too, where they are wanted
+        given = kwargs.pop("packed_pairs", None)
+        if given is None or not kwargs.get("fused_lm_head"):  # TRL asks for logits too, where they are wanted
             return args, kwargs
-        self._packed = PackedPairs(**packed)
-        labels = kwargs.pop("labels").flatten()[self._packed.labels.clamp(min=0)]
-        kwargs["shift_labels"] = labels.masked_fill(self._packed.labels < 0, -100)
-        if self._packed.tokens is None:
+        packed = PackedPairs(**given)
+        keep(self, "pairs to unpack", packed)
+        keep(self, "pairs for the decoder", packed)
+        labels = kwargs.pop("labels").flatten()[packed.labels.clamp(min=0)]
+        kwargs["shift_labels"] = labels.masked_fill(packed.labels < 0, -100)
+        if packed.tokens is None:
             return args, kwargs
-        kwargs["input_ids"] = kwargs["input_ids"].flatten()[self._packed.tokens]
-        kwargs["attention_mask"] = self._packed.branches
-        kwargs["position_ids"] = self._packed.position_ids
-        if kwargs.get("user_indices") is not None:
-            kwargs["user_indices"] = kwargs["user_indices"].chunk(2)[0]
+        kwargs["input_ids"] = kwargs["input_ids"].flatten()[packed.tokens]
+        kwargs["attention_mask"] = packed.branches
+        kwargs["position_ids"] = packed.position_ids
+        for name in ("user_indices", "soft_prompts"):  # both rows of a pair have the same
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].chunk(2)[0]
         return args, kwargs
 
     def _mask(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self._packed is None or self._packed.branches is None or self._packed.rejected is None:
+        packed = take(self, "pairs for the decoder")
+        if in_call():  # also `None`: a call of the decoder inside this one, by somebody's hook, is not of packed rows
+            keep(self, "pairs in the decoder", packed)
+        if packed is None or packed.branches is None or packed.rejected is None:
             return None
         branches, position_ids = kwargs["attention_mask"], kwargs["position_ids"]
         dtype = next(value.dtype for value in decoder.parameters() if value.is_floating_point())
-        num_virtual_tokens = branches.shape[1] - self._packed.branches.shape[1]
-        row_length = num_virtual_tokens + self._packed.scores.shape[1]  # the last token of a row is in no packed one
+        num_virtual_tokens = branches.shape[1] - packed.branches.shape[1]
+        row_length = num_virtual_tokens + packed.scores.shape[1]  # the last token of a row is in no packed one
         masks: dict[str, Tensor] = {}
         for kind in self._kinds():
             window = self.config.sliding_window if kind == "sliding_attention" else None
             if self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
-                num_rejected = self._packed.rejected.shape[1]
+                num_rejected = packed.rejected.shape[1]
                 masks[kind] = PackedAttentionMask.make(branches, position_ids, num_rejected, row_length, window)
                 continue
             masks[kind] = packed_attention_mask(branches, position_ids, window)
@@ -396,17 +398,18 @@ class PrefixSharing:
         return {"full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"}
 
     def _select(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
-        if self._packed is None:
-            return output
-        hidden, columns = output["last_hidden_state"], self._packed.scored_columns
+        packed = take(self, "pairs in the decoder")
+        if packed is None or output is None:  # there is no output if the decoder failed
+            return None
+        hidden, columns = output["last_hidden_state"], packed.scored_columns
         rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
         output["last_hidden_state"] = hidden[rows, columns.to(hidden.device)]
         return output
 
     def _unpack(self, causal_lm: nn.Module, args: tuple, output: Any) -> Any:
-        packed, self._packed = self._packed, None
+        packed = take(self, "pairs to unpack")
         if packed is None:
-            return output
+            return None
         for name, values in output.items():
             if isinstance(values, Tensor) and values.shape == packed.labels.shape:
                 scores = packed.scores.to(values.device)
