@@ -445,7 +445,7 @@ MUTATIONS = [
         "models/calls.py",
         "            _THREAD.kept = outer",
         "            pass",
-        ("soft_prompt",),
+        ("threads",),
     ),
     Mutation(
         "soft prompts of both rows of a pair are packed",
@@ -509,13 +509,6 @@ MUTATIONS = [
         "self._realign, prepend=True, always_call=True",
         "self._realign, prepend=True",
         ("threads",),
-    ),
-    Mutation(
-        "outputs of the call after a failed one are realigned",
-        "models/soft_prompt.py",
-        "call, self._call, self._positions = self._call, None, None",
-        "call, self._call = self._call, None",
-        ("soft_prompt",),
     ),
     Mutation(
         "hooks stay after detaching",
