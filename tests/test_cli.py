@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import LLAMA_SIZES, ROOT, WORDS, make_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -550,8 +550,18 @@ def test_a_folder_of_files_has_the_splits_in_their_names(preference_folder):
     assert {name: len(split) for name, split in dataset.items()} == {"train": 8, "test": 4}
 
 
-def test_a_stream_of_a_local_file(preference_folder):
-    assert next(iter(load(preference_folder / "test.jsonl", dataset_streaming=True)["train"])) == make_rows()[0]
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_stream_of_a_local_file_trains_its_users(suffix, model_dirs, tmp_path, capsys):
+    rows = Dataset.from_list(make_rows())
+    path = tmp_path / f"rows.{suffix}"
+    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](path)
+    stream = load(path, dataset_streaming=True)["train"]
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == list(rows)
+    argv = flags(model_name_or_path=model_dirs["gptj"], dataset_name=path, output_dir=tmp_path / "out", **TRAINING)
+    assert main(["dpo", *argv, "--dataset_streaming"]) == 0
+    users = json.loads((tmp_path / "out/user_model/users.json").read_text())
+    assert users == {user: row for row, user in enumerate(rows.unique("user_id"), start=1)}
 
 
 def test_a_folder_that_save_to_disk_wrote(tmp_path):
