@@ -575,7 +575,18 @@ def test_a_folder_that_save_to_disk_wrote(tmp_path):
 def test_user_ids_in_csv_stay_text(tmp_path):
     path = tmp_path / "preferences.csv"
     path.write_text("prompt,chosen,rejected,user_id\na,b,c,007\na,b,c,NA\na,b,c,\n")
-    assert load(path)["train"]["user_id"] == ["007", "NA", None]
+    for streaming in (False, True):
+        rows = load(path, dataset_streaming=streaming)["train"]
+        assert [row["user_id"] for row in rows] == ["007", "NA", None]
+
+
+def test_csv_files_of_excel_begin_with_a_mark_that_is_no_text(tmp_path):
+    path = tmp_path / "preferences.tsv"
+    path.write_text("user_id\tprompt\n007\tä\n", encoding="utf-8-sig")
+    assert load(path)["train"].to_list() == [{"user_id": "007", "prompt": "ä"}]
+    path.write_text("")
+    with pytest.raises(ValueError, match="preferences.tsv is empty; its first line must name the columns"):
+        load(path)
 
 
 def test_a_mixture_wins_over_dataset_name(tmp_path, caplog):

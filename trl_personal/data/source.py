@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 
+from ..user_column import AnyDataset
+
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +20,8 @@ logger = logging.getLogger(__name__)
 JSON_LINE = "json_line"
 JSON_LINE_FEATURES = Features({JSON_LINE: Value("string")})
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TABLE_SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 NUM_PEEKED = 100  # rows that are looked at before reading
 PARQUET_REVISION = "refs/convert/parquet"  # where the Hub keeps its own conversion of a set that has a loading script
 
@@ -71,24 +74,41 @@ def _open_files(path: Path) -> dict[str, Dataset]:
             f"{path} must be a file of type {', '.join((*JSON_SUFFIXES, *TABLE_SUFFIXES))} or a folder with files of one such "
             f"type, found {found}. Name a single file."
         )
-    suffix = suffixes.pop()
-    names = [str(file) for file in known]
-    if suffix in JSON_SUFFIXES:
-        return {"train": _open_json(known)}
-    options = {} if suffix == ".parquet" else _csv_options(known[0])
-    table = datasets.load_dataset(TABLE_SUFFIXES[suffix], data_files=names, split="train", **options)
-    return {"train": table}
+    rows = _open_json(known) if suffixes <= set(JSON_SUFFIXES) else load_files(known)
+    return {"train": rows}
 
 
-def _csv_options(file: Path) -> dict[str, Any]:
-    """Options with which every value stays the text it is."""
+def load_files(files: list[Path], *, streaming: bool = False, empty_is_none: bool = False) -> AnyDataset:
+    """
+    The rows of files of one type, a key of `BUILDERS`, with the columns that `datasets` finds in them. Values in CSV files are
+    kept as text: user 007 is not user 7, and user "NA" is a user.
+
+    Args:
+        files (`list[Path]`): The files; the suffix of the first is that of all.
+        streaming (`bool`): Whether to return a stream, which reads the files while it is iterated.
+        empty_is_none (`bool`): Whether an empty field of a CSV file is `None` and not an empty text.
+
+    Returns:
+        `Dataset`, or `IterableDataset` with `streaming`.
+
+    Raises:
+        `ValueError`: if a CSV file has no line with the names of its columns.
+    """
+    builder = BUILDERS[files[0].suffix]
+    options = _csv_options(files[0], empty_is_none) if builder == "csv" else {}
+    names = [str(file) for file in files]
+    return datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
+
+
+def _csv_options(file: Path, empty_is_none: bool) -> dict[str, Any]:
     separator = "\t" if file.suffix == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as stream:
         header = next(csv.reader(stream, delimiter=separator), [])
     if not header:
         raise ValueError(f"{file} is empty; its first line must name the columns.")
     features = Features({column: Value("string") for column in header})
-    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+    empty = {"na_values": [""]} if empty_is_none else {}
+    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig", **empty}
 
 
 def _open_json(files: list[Path]) -> Dataset:
