@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..agreement import Agreement, encode, measure_agreement
+from ..arrays import FloatArray, IntArray
 from ..files import write_atomically
+from ..user_column import AnyDataset
 from .counts import Counts, Leakage, SplitCounts, count, count_splits, find_leakage
 from .kinds import Recommendation, recommend
-from .preferences import NO_USER, AnyDataset, PreferenceTable, read_preferences
+from .preferences import NO_USER, PreferenceTable, read_preferences
 from .room import MIN_PROMPTS, Room, RoomScores, score_room, summarize_room
 from .rules import scale
 from .tastes import Taste, find_tastes
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 MIN_PAIRS = 20  # of a user, to learn from; the default
 MAX_PAIRS = 200_000  # for the room; of larger data, users are drawn
 FEW_PROMPTS = 10
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ..arrays import FloatArray
 from ..users import GENERIC_USER_INDEX
-
-
-FloatArray = NDArray[np.float64]
 
 
 def pair_margins(
