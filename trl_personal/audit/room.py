@@ -46,6 +46,24 @@ class Room:
 
 
 @dataclass(frozen=True)
+class UserAudit:
+    """
+    One user's pairs.
+
+    Args:
+        user_id (`str`): The user.
+        num_pairs (`int`): Over all splits.
+        pooled_accuracy (`float`, *optional*): On held-out prompts, of the simple rule for everybody.
+        personal_accuracy (`float`, *optional*): Likewise, of the user's own rule.
+    """
+
+    user_id: str
+    num_pairs: int
+    pooled_accuracy: float | None
+    personal_accuracy: float | None
+
+
+@dataclass(frozen=True)
 class RoomScores:
     """
     Scores on held-out prompts `(n,)`, mean over partitions into folds, and the gaps with shuffled ids.
