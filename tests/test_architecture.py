@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import importlib
 import os
 import pkgutil
@@ -41,6 +42,11 @@ def imported(path):
             yield "." * node.level + (node.module or "")
 
 
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     outside = {name.split(".")[0] for name in imported(path) if not name.startswith(".")} - set(
@@ -51,6 +57,24 @@ def test_imports_go_one_way(path):
         assert outside <= ALLOWED[part]
     if part not in KNOW_TRL | {"cli"}:
         assert "trl" not in outside
+
+
+def test_no_circle_of_imports():
+    """Imports in functions, and those for type checkers alone, count too."""
+    modules = {module_of(path): path for path in FILES}
+    arrows = {}
+    for module, path in modules.items():
+        package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+        arrows[module] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                source = ".".join(package[: len(package) - node.level + 1] + (node.module or "").split(".")).rstrip(
+                    "."
+                )
+                for alias in node.names:
+                    submodule = f"{source}.{alias.name}"
+                    arrows[module].add(submodule if submodule in modules else source)
+    graphlib.TopologicalSorter(arrows).prepare()  # raises `CycleError` with the modules of a circle
 
 
 def test_no_grab_bag_modules():
