@@ -16,7 +16,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 
@@ -55,19 +62,39 @@ load_example("own_user_model")  # registers "point", which passes every test of 
 KINDS = ["individual", "cluster", "low_rank", "point"]
 
 
-def make_tokenizer(add_bos=False):
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def make_tokenizer(add_bos=False, family=None):
+    """
+    One token a word, numbered as in `WORDS`, for the folder of a model of `family`. `AutoTokenizer` loads what lies beside a
+    Qwen2 model as byte-level BPE, whatever class was saved, so for that family it is made as one, with the same ids.
+    """
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "padding_side": "left"}
+    if family == "qwen2":
+        tokenizer = Qwen2Tokenizer(*byte_level_words(), unk_token="<pad>", add_prefix_space=True, **names)
+    else:
+        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        inputs = ["input_ids", "attention_mask"]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=inputs, **names)
     if add_bos:
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+        bos = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        tokenizer.backend_tokenizer.post_processor = bos
+    return tokenizer
+
+
+def byte_level_words():
+    """
+    Vocabulary and merges of a byte-level BPE that reads each of `WORDS`, with the space before it, as one token. The merges
+    need letters and beginnings of words, which have the ids after those of `WORDS` and occur in no text of these words.
+    """
+    space = "Ġ"  # as byte-level BPE writes it
+    vocab = {word if word[0] == "<" else space + word: i for i, word in enumerate(WORDS)}
+    merges = {}
+    for word in (token for token in list(vocab) if token[0] == space):
+        merges |= {(word[:end], word[end]): None for end in range(1, len(word))}
+    for left, right in merges:
+        for token in (left, right, left + right):
+            vocab.setdefault(token, len(vocab))
+    return vocab, list(merges)
 
 
 def make_model(family="gptj", seed=0):
@@ -84,7 +111,7 @@ def model_dirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for family in CONFIGS:
         make_model(family).save_pretrained(root / family)
-        make_tokenizer(add_bos=family == "llama").save_pretrained(root / family)
+        make_tokenizer(family == "llama", family).save_pretrained(root / family)
     return {family: str(root / family) for family in CONFIGS}
 
 

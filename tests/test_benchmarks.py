@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,16 @@ def test_preferences_have_the_lengths_and_users_asked_for(measure):
     assert {len(tokenizer(row["prompt"])["input_ids"]) for row in rows} == {7}
     assert {len(tokenizer(row[name])["input_ids"]) for row in rows for name in ("chosen", "rejected")} == {3}
     assert sorted(rows["user_id"]) == ["0", "0", "1", "1", "2", "2"]
+
+
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+def test_every_word_is_read_from_the_folder_of_a_model(measure, family, tmp_path):
+    measure.make_model(family, small=True).config.save_pretrained(tmp_path)
+    tokenizer = measure.make_tokenizer(small=True)
+    tokenizer.save_pretrained(tmp_path)
+    ids = list(range(len(tokenizer)))
+    text = " ".join(tokenizer.convert_ids_to_tokens(ids))
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == ids
 
 
 @pytest.mark.slow

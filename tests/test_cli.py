@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import LLAMA_SIZES, ROOT, WORDS, make_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -550,8 +550,18 @@ def test_a_folder_of_files_has_the_splits_in_their_names(preference_folder):
     assert {name: len(split) for name, split in dataset.items()} == {"train": 8, "test": 4}
 
 
-def test_a_stream_of_a_local_file(preference_folder):
-    assert next(iter(load(preference_folder / "test.jsonl", dataset_streaming=True)["train"])) == make_rows()[0]
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_stream_of_a_local_file_trains_its_users(suffix, model_dirs, tmp_path, capsys):
+    rows = Dataset.from_list(make_rows())
+    path = tmp_path / f"rows.{suffix}"
+    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](path)
+    stream = load(path, dataset_streaming=True)["train"]
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == list(rows)
+    argv = flags(model_name_or_path=model_dirs["gptj"], dataset_name=path, output_dir=tmp_path / "out", **TRAINING)
+    assert main(["dpo", *argv, "--dataset_streaming"]) == 0
+    users = json.loads((tmp_path / "out/user_model/users.json").read_text())
+    assert users == {user: row for row, user in enumerate(rows.unique("user_id"), start=1)}
 
 
 def test_a_folder_that_save_to_disk_wrote(tmp_path):
@@ -565,7 +575,18 @@ def test_a_folder_that_save_to_disk_wrote(tmp_path):
 def test_user_ids_in_csv_stay_text(tmp_path):
     path = tmp_path / "preferences.csv"
     path.write_text("prompt,chosen,rejected,user_id\na,b,c,007\na,b,c,NA\na,b,c,\n")
-    assert load(path)["train"]["user_id"] == ["007", "NA", None]
+    for streaming in (False, True):
+        rows = load(path, dataset_streaming=streaming)["train"]
+        assert [row["user_id"] for row in rows] == ["007", "NA", None]
+
+
+def test_csv_files_of_excel_begin_with_a_mark_that_is_no_text(tmp_path):
+    path = tmp_path / "preferences.tsv"
+    path.write_text("user_id\tprompt\n007\tä\n", encoding="utf-8-sig")
+    assert load(path)["train"].to_list() == [{"user_id": "007", "prompt": "ä"}]
+    path.write_text("")
+    with pytest.raises(ValueError, match="preferences.tsv is empty; its first line must name the columns"):
+        load(path)
 
 
 def test_a_mixture_wins_over_dataset_name(tmp_path, caplog):

@@ -30,7 +30,7 @@ OUTCOMES = {}
 def cell(request, make_trainer, tmp_path):
     family, mode = request.param
     make_family(family, wide=mode == "4-bit").save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokenizer(family=family).save_pretrained(tmp_path / "model")
 
     def make(**settings):
         kwargs = {"model": str(tmp_path / "model")}

@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader
 
 from trl_personal.data.generic import load_generic
 from trl_personal.data.splits import HeldOut
@@ -192,8 +191,6 @@ def test_one_rated_response_a_row_is_put_together_by_user_and_prompt(name, write
     assert report.rows_read == 7
     ranked, _ = load(write(rows, name), responses="answer", ranking="score")
     assert ("u", "x") in [(row["user_id"], row["chosen"]) for row in ranked["train"]]
-    with pytest.raises(ValueError, match="One response a row cannot be streamed"):
-        load(write(rows, name), responses="answer", ratings="score", streaming=True)
 
 
 def message(role, content, **kwargs):
@@ -318,16 +315,15 @@ def test_splits_of_the_source_are_kept_unless_a_share_is_given(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        if kwargs["streaming"]:
-            return {name: rows.to_iterable_dataset(num_shards=2) for name, rows in hub.items()}
         return DatasetDict(hub)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     dataset, report = load("owner/set", test_size=None, config_name="default", revision="v1")
-    assert calls == [(("owner/set", "default"), {"revision": "v1", "streaming": False})]
+    assert calls == [(("owner/set", "default"), {"revision": "v1"})]
     assert report.pairs == {"train": 20, "test": 20, "ood": 20}
-    stream = load_generic("owner/set", streaming=True)
-    assert {split: list(rows) for split, rows in stream.items()} == {s: rows.to_list() for s, rows in dataset.items()}
+    assert {split: rows["prompt"][:] for split, rows in dataset.items()} == {
+        s: rows["prompt"][:] for s, rows in hub.items()
+    }
     assert load("owner/set", test_size=0.5)[0].keys() == {"train", "test"}
     assert load("owner/set", test_size=None)[0].keys() == {"train", "test", "ood"}
 
@@ -338,53 +334,14 @@ def test_a_source_with_one_split_loses_a_tenth_of_its_prompts(write):
     assert 20 <= len(dataset["test"]) <= 60
 
 
-def test_stream_equals_file_and_counts_the_same(write):
-    rows = [pair(user=i % 5, prompt=f"p{i % 40}") for i in range(200)] + ["broken"]
-    plain, report = load(write(rows), test_size=0.3, unknown_users=0.4)
-    reports = []
-    stream = load_generic(write(rows), test_size=0.3, unknown_users=0.4, streaming=True, on_report=reports.append)
-    for split, pairs in plain.items():
-        assert list(stream[split]) == pairs.to_list()
-    assert reports == [report] * 3
-    assert list(stream["train"].shuffle(seed=1, buffer_size=50)) != plain["train"].to_list()
-    assert len(reports) == 4
-    assert stream["train"].features == plain["train"].features
-
-
-@pytest.fixture
-def four_shards(write, tmp_path):
+def test_a_folder_of_files_is_read_whole(write, tmp_path):
     (tmp_path / "shards").mkdir()
     for k in range(4):
         write([pair(user=i % 3, prompt=f"p{k} {i}") for i in range(30)], f"shards/{k}.jsonl")
-    return tmp_path / "shards"
-
-
-def test_a_stream_reports_shard_by_shard(four_shards):
-    plain, report = load(four_shards, test_size=0.2)
-    reports = []
-    stream = load_generic(four_shards, test_size=0.2, streaming=True, on_report=reports.append)
-    assert stream["train"].num_shards == 4
-    assert list(stream["train"]) == plain["train"].to_list()
-    assert [each.rows_read for each in reports] == [30] * 4
-    assert sum(each.pairs["test"] for each in reports) == report.pairs["test"]
-
-
-def test_every_pair_of_a_stream_reaches_one_worker_of_a_data_loader(four_shards):
-    stream = load_generic(four_shards, test_size=0.2, streaming=True)["train"]
-    prompts = [prompt for batch in DataLoader(stream, num_workers=2, batch_size=8) for prompt in batch["prompt"]]
-    assert sorted(prompts) == sorted(row["prompt"] for row in stream)
-    assert len(prompts) > 80
-
-
-def test_a_stream_goes_on_where_it_stopped(four_shards):
-    stream = load_generic(four_shards, test_size=0.2, streaming=True)["train"]
-    iterator = iter(stream)
-    for _ in range(40):
-        next(iterator)
-    state = stream.state_dict()
-    rest = list(iterator)
-    stream.load_state_dict(state)
-    assert list(stream) == rest
+    dataset, report = load(tmp_path / "shards", test_size=0.2)
+    assert report.rows_read == 120
+    prompts = {prompt for rows in dataset.values() for prompt in rows["prompt"]}
+    assert prompts == {f"p{k} {i}" for k in range(4) for i in range(30)}
 
 
 def test_same_file_same_options_same_rows(write):

@@ -126,7 +126,7 @@ def test_text_has_a_name_in_front_of_each_message(write):
     assert (last["chosen"], last["rejected"]) == (" Hot.", " Cold.")
 
 
-def test_both_tables_and_the_stream_give_the_same_pairs(write):
+def test_both_tables_give_the_same_pairs(write):
     def talk(i):
         return conversation(f"c{i}", f"u{i % 7}", turn(0, f"Q{i}?", "*a", "b"), turn(1, "?", "c", "*d", "e"))
 
@@ -142,11 +142,6 @@ def test_both_tables_and_the_stream_give_the_same_pairs(write):
     for split in ("train", "test", "test_unknown_users"):
         assert sorted(from_utterances[split], key=place) == sorted(plain[split], key=place)
     assert other_report == report
-    reports = []
-    stream = load_prism(path, streaming=True, on_report=reports.append)
-    for split in ("train", "test", "test_unknown_users"):
-        assert list(stream[split]) == plain[split].to_list()
-    assert reports == [report] * 3
     assert report.filtered["survey: a user without conversations"] == 1
 
 
@@ -287,7 +282,7 @@ def test_hub_tables_are_loaded_by_name(monkeypatch):
         assert report.pairs == {"train": 3}
         assert dataset["train"]["turn"][:] == [0, 0, 1]
     assert [call[1] for call in calls] == ["survey", "conversations", "survey", "utterances"]
-    assert calls[1] == ("HannahRoseKirk/prism-alignment", "conversations", {"revision": "main", "streaming": False})
+    assert calls[1] == ("HannahRoseKirk/prism-alignment", "conversations", {"revision": "main"})
 
 
 @pytest.mark.parametrize(
@@ -295,7 +290,6 @@ def test_hub_tables_are_loaded_by_name(monkeypatch):
     [
         ({"table": "metadata"}, '`table` must be "conversations" or "utterances", found \'metadata\''),
         ({"stated_preferences": "order"}, '`stated_preferences` must be "scores" or "display_order", found \'order\''),
-        ({"table": "utterances", "streaming": True}, "Utterances cannot be streamed"),
         ({"test_size": 1}, "`test_size` is a share, at least 0 and below 1, found 1"),
     ],
 )

@@ -109,17 +109,6 @@ def test_held_out_users_and_the_prompts_of_train_never_meet(write):
     assert report.pairs["test_unknown_users"] > 2 * 50  # at least what only they were asked
 
 
-def test_a_stream_is_split_as_the_file_is(write):
-    rows = [row(user, f"Question {i}?") for user in range(1, 7) for i in range(30)]
-    path = write(rows)
-    plain, report = load(path, unknown_users=0.3, test_size=0.3)
-    reports = []
-    stream = load_psoups(path, unknown_users=0.3, test_size=0.3, streaming=True, on_report=reports.append)
-    for split in ("train", "test", "test_unknown_users"):
-        assert list(stream[split]) == plain[split].to_list()
-    assert reports == [report] * 3
-
-
 def test_broken_rows_are_counted_with_their_reasons(write):
     rows = [row(1), row(7), row(None), row("P9"), row(1, "  "), row(1, a=None), row(1, b=5), "text"]
     rows += [row(1, b="A warm drink.")]
@@ -205,7 +194,7 @@ def test_default_is_the_hub_copy(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load_psoups(revision="abc", test_size=0)
-    assert calls == [(("RiverDong/psoups", None), {"revision": "abc", "streaming": False})]
+    assert calls == [(("RiverDong/psoups", None), {"revision": "abc"})]
 
 
 def test_wrong_input_is_refused(write, tmp_path):

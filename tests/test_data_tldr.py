@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict
 
 from trl_personal.data.tldr import draw_preferences, load_tldr
 
@@ -242,22 +242,6 @@ def test_damaged_side_file_names_its_line(write):
         load_tldr(path)
 
 
-def test_stream_gives_the_same_pairs_and_reports_at_the_end_of_a_pass(write):
-    rows = [comparison(i, f"w{i % 3}", "valid1" if i % 4 == 0 else "train") for i in range(20)] + ["{"]
-    path = write(rows)
-    plain, report = load(path, num_users=2)
-    reports = []
-    stream = load_tldr(path, num_users=2, streaming=True, on_report=reports.append)
-    assert isinstance(stream, IterableDatasetDict)
-    assert stream["train"].column_names == plain["train"].column_names
-    for split in ("train", "test"):
-        assert list(stream[split]) == plain[split].to_list()
-    assert reports == [report, report]
-    next(iter(stream["train"]))
-    assert not reports[2].complete
-    assert reports[2].rows_read < 21
-
-
 def test_several_azure_files_in_a_folder_are_one_set(write, tmp_path):
     (tmp_path / "comparisons").mkdir()
     write([comparison(1, "a")], "comparisons/batch1.json")
@@ -298,22 +282,10 @@ def test_hub_set_is_loaded_by_name_and_configuration(hub_splits, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     reports = []
     dataset = load_tldr(num_users=2, on_report=reports.append)
-    assert calls == [(("openai/summarize_from_feedback", "comparisons"), {"revision": None, "streaming": False})]
+    assert calls == [(("openai/summarize_from_feedback", "comparisons"), {"revision": None})]
     assert reports[0].pairs == {"train": 4, "test": 6}
     assert reports[0].source == "openai/summarize_from_feedback"
     assert dataset["train"]["user_id"][:] == ["w0", "w1", "w0", "w1"]
-
-
-def test_hub_set_can_be_streamed_in_shards(hub_splits, monkeypatch):
-    streams = {name: rows.to_iterable_dataset(num_shards=3) for name, rows in hub_splits.items()}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: IterableDatasetDict(streams))
-    stream = load_tldr(streaming=True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: DatasetDict(hub_splits))
-    plain = load_tldr()
-    assert isinstance(stream["train"], IterableDataset)
-    assert stream["train"].num_shards == 6
-    for split in ("train", "test"):
-        assert list(stream[split]) == plain[split].to_list()
 
 
 def test_a_set_with_a_loading_script_is_read_from_its_conversion(hub_splits, monkeypatch, tmp_path):

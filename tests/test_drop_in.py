@@ -272,7 +272,7 @@ def test_modes_without_users_are_trls_to_the_last_bit(make_trainer, make_args, m
 @pytest.mark.parametrize("family", sorted(SIZES))
 def test_every_family_without_users_is_trls_to_the_last_bit(make_trainer, make_args, preferences, tmp_path, family):
     make_family(family).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokenizer(family=family).save_pretrained(tmp_path / "model")
     kwargs = {"model": str(tmp_path / "model"), "eval_dataset": preferences}
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     timing, runs = TIMING | {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}, []
@@ -565,7 +565,7 @@ def test_unbalanced_users_can_be_sampled_evenly(make_trainer, preferences):
 def test_experts_balance_in_both_terms(make_trainer, tmp_path, family):
     model = make_family(family)
     model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokenizer(family=family).save_pretrained(tmp_path / "model")
     kwargs = {"model": str(tmp_path / "model")}
     trainer = make_trainer(router_aux_loss_coef=0.5, trainer_kwargs=kwargs)
     plain = make_trainer(router_aux_loss_coef=0.0, trainer_kwargs=kwargs)
@@ -583,7 +583,7 @@ def test_experts_balance_in_both_terms(make_trainer, tmp_path, family):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_models_with_a_state_train_users(make_trainer, tmp_path, family, lora):
     make_family(family).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokenizer(family=family).save_pretrained(tmp_path / "model")
     targets = LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj"]) if lora else None
     trainer = make_trainer(trainer_kwargs={"model": str(tmp_path / "model"), "peft_config": targets})
     trainer.train()

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import LLAMA_SIZES, make_tokenizer
+from conftest import LLAMA_SIZES, WORDS, make_tokenizer
 from families import IDS, SIZES, make_family
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
@@ -40,6 +42,35 @@ def personalize(model):
 @pytest.fixture(params=sorted(SIZES))
 def family(request):
     return request.param
+
+
+def assert_reads_every_word(tokenizer, add_bos=False):
+    """`<bos>` and the like need no space around them, so those are put together and the words are set apart."""
+    bos = [1] if add_bos else []
+    ids = tokenizer("".join(WORDS[:3]) + " " + " ".join(WORDS[3:]))["input_ids"]
+    assert ids == bos + list(range(len(WORDS)))
+    assert [tokenizer(word)["input_ids"] for word in WORDS] == [[*bos, i] for i in range(len(WORDS))]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.split() == WORDS[3:]
+    assert tokenizer(text)["input_ids"] == bos + ids[len(bos) + 3 :]
+    assert tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("add_bos", [False, True], ids=["plain", "bos"])
+@pytest.mark.parametrize("auto_class", [AutoTokenizer, AutoProcessor])
+def test_every_word_is_read_from_the_folder_of_a_model(family, auto_class, add_bos, tmp_path):
+    """Which class these load depends on the model beside the tokenizer, and a class of another kind reads other ids."""
+    make_family(family).config.save_pretrained(tmp_path)
+    make_tokenizer(add_bos, family).save_pretrained(tmp_path)
+    tokenizer = auto_class.from_pretrained(tmp_path)
+    assert_reads_every_word(tokenizer, add_bos)
+    tokenizer.save_pretrained(tmp_path)  # as the trainer does
+    assert_reads_every_word(auto_class.from_pretrained(tmp_path), add_bos)
+
+
+def test_every_word_is_read_from_the_folders_of_the_fixtures(model_dirs):
+    for family, folder in model_dirs.items():
+        assert_reads_every_word(AutoTokenizer.from_pretrained(folder), add_bos=family == "llama")
 
 
 def test_conditioning_equals_embeddings_concatenated_by_hand(family):

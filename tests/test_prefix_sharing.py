@@ -233,7 +233,7 @@ def test_long_prompts_are_packed_and_long_answers_are_not():
 @pytest.mark.parametrize("family", sorted(set(SIZES) - MODEL_TYPES))
 def test_other_families_train_unpacked_and_say_so_once(family, make_trainer, tmp_path, caplog):
     make_family(family).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokenizer(family=family).save_pretrained(tmp_path / "model")
     model = {"model": str(tmp_path / "model")}
     with caplog.at_level(logging.WARNING, "trl_personal.training.dpo"):
         trainer = make_trainer(trainer_kwargs=model, precompute_ref_log_probs=True)

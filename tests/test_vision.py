@@ -9,6 +9,7 @@ from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
@@ -79,6 +80,11 @@ def vision(make_trainer, tmp_path):
         return make_trainer(**{"max_length": None, **settings}, trainer_kwargs=kwargs | {"peft_config": peft})
 
     return make
+
+
+def test_every_word_is_read_from_the_folder_of_a_vision_model(vision, tmp_path):
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert processor.tokenizer(" ".join([*WORDS, IMAGE_TOKEN]))["input_ids"] == list(range(len(WORDS) + 1))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

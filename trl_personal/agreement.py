@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from .arrays import BoolArray, FloatArray, IntArray
 
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
 T = TypeVar("T")
 
 
@@ -50,9 +50,7 @@ def encode(values: Sequence[T]) -> tuple[IntArray, list[T]]:
     return np.fromiter(map(index.__getitem__, values), dtype=np.intp, count=len(values)), list(index)
 
 
-def compare(
-    prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]
-) -> tuple[IntArray, NDArray[np.bool_]]:
+def compare(prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]) -> tuple[IntArray, BoolArray]:
     """
     What is compared in each pair, and which way it was judged.
 

@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
+from .arrays import FloatArray
+
 
 NUM_RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 2_000_000  # draws of a cluster that are held in memory
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

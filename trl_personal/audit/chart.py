@@ -1,50 +1,56 @@
 """An audit as one picture, without ids."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from textwrap import fill
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..canvas import BLUE, GRAY, ORANGE, new_figure
+from .counts import Counts
+from .kinds import Recommendation
+from .room import Room, UserAudit
+from .tastes import Taste
 
-if TYPE_CHECKING:
-    from .report import Audit
 
-POOLED, PERSONAL, SHUFFLED = "#7F7F7F", "#0072B2", "#D55E00"  # told apart by colour-blind readers too
+POOLED, PERSONAL, SHUFFLED = GRAY, BLUE, ORANGE
 NUM_TASTES = 8
 
 
-def draw_audit(audit: "Audit") -> bytes:
+def draw_audit(
+    counts: Counts,
+    users: Sequence[UserAudit],
+    room: Room | None,
+    recommendation: Recommendation,
+    tastes: Sequence[Taste],
+) -> bytes:
     """
     A PNG with four charts: pairs per user, accuracy of rules, gain of each user, and features on which users differ.
 
     The recommendation stands above them.
     """
-    figure = Figure(figsize=(11, 7.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    pairs, room, gains, tastes = figure.subplots(2, 2).flat
-    _draw_pairs(pairs, audit)
-    _draw_room(room, audit)
-    _draw_gains(gains, audit)
-    _draw_tastes(tastes, audit)
-    for axes in (pairs, room, gains, tastes):
+    figure = new_figure(11, 7.5)
+    pairs_axes, room_axes, gains_axes, tastes_axes = figure.subplots(2, 2).flat
+    _draw_pairs(pairs_axes, users, counts.min_pairs)
+    _draw_room(room_axes, room)
+    _draw_gains(gains_axes, users)
+    _draw_tastes(tastes_axes, tastes, certain=room is not None and room.has_evidence)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    heading = f"Recommended user model: {audit.recommendation.kind}"
-    figure.suptitle(f"{heading}\n{fill(audit.recommendation.reason, 120)}", fontsize=10, ha="left", x=0.01)
+    heading = f"Recommended user model: {recommendation.kind}"
+    figure.suptitle(f"{heading}\n{fill(recommendation.reason, 120)}", fontsize=10, ha="left", x=0.01)
     content = BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
 
 
-def _draw_pairs(axes: Axes, audit: "Audit") -> None:
+def _draw_pairs(axes: Axes, users: Sequence[UserAudit], min_pairs: int) -> None:
     axes.set_title("Pairs per user", loc="left")
-    numbers = sorted((user.num_pairs for user in audit.users), reverse=True)
+    numbers = sorted((user.num_pairs for user in users), reverse=True)
     axes.fill_between(range(1, len(numbers) + 1), numbers, step="mid", color=PERSONAL, alpha=0.5)
-    axes.axhline(audit.counts.min_pairs, color=SHUFFLED, linewidth=1, label=f"{audit.counts.min_pairs} pairs")
+    axes.axhline(min_pairs, color=SHUFFLED, linewidth=1, label=f"{min_pairs} pairs")
     axes.set(xlabel="users, most pairs first", ylabel="pairs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if numbers and max(numbers) > 20 * np.median(numbers):
@@ -52,9 +58,8 @@ def _draw_pairs(axes: Axes, audit: "Audit") -> None:
     axes.legend(frameon=False)
 
 
-def _draw_room(axes: Axes, audit: "Audit") -> None:
+def _draw_room(axes: Axes, room: Room | None) -> None:
     axes.set_title("Room: pair accuracy on held-out prompts", loc="left")
-    room = audit.room
     if room is None:
         _say(axes, "too few users or prompts")
         return
@@ -73,11 +78,11 @@ def _draw_room(axes: Axes, audit: "Audit") -> None:
     axes.set(xlim=(-0.5, 2.5), ylim=(max(0.0, min(lows) - 0.05), 1.02))
 
 
-def _draw_gains(axes: Axes, audit: "Audit") -> None:
+def _draw_gains(axes: Axes, users: Sequence[UserAudit]) -> None:
     axes.set_title("Gain of each user's own rule", loc="left")
     gains = [
         user.personal_accuracy - user.pooled_accuracy
-        for user in audit.users
+        for user in users
         if user.personal_accuracy is not None and user.pooled_accuracy is not None
     ]
     if not gains:
@@ -89,10 +94,9 @@ def _draw_gains(axes: Axes, audit: "Audit") -> None:
     axes.set(xlabel="pair accuracy, own rule minus rule for everybody", ylabel="users")
 
 
-def _draw_tastes(axes: Axes, audit: "Audit") -> None:
-    certain = audit.room is not None and audit.room.has_evidence
+def _draw_tastes(axes: Axes, tastes: Sequence[Taste], certain: bool) -> None:
     axes.set_title("Where users differ" if certain else "Where users may differ, by chance too", loc="left")
-    tastes = audit.tastes[:NUM_TASTES][::-1]
+    tastes = tastes[:NUM_TASTES][::-1]
     axes.barh(range(len(tastes)), [taste.spread for taste in tastes], color=PERSONAL, alpha=0.6)
     axes.set_yticks(range(len(tastes)), [taste.feature.replace("_", " ") for taste in tastes])
     axes.set(xlabel="spread over users of the share who choose more", xlim=(0, 0.5))

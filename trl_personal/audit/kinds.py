@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import FloatArray, IntArray
 from ..intervals import cluster_mean
 from .room import SIGNIFICANCE, Room, cross_validate
 from .rules import Candidate, Sharing, share_nothing
@@ -17,8 +18,6 @@ KMEANS_STEPS = 15
 MIN_ROOM = 0.01  # a smaller gap is not worth a user model, however certain it is
 PAIRS_FOR_INDIVIDUAL = 30  # of the median user
 USERS_FOR_INDIVIDUAL = 1_000  # the table of `individual` grows by a whole soft prompt for each user
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True)

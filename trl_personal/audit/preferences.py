@@ -3,20 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
-from numpy.typing import NDArray
 
 from ..agreement import compare, encode
-from ..user_column import check_user_column, iterate_user_ids
+from ..arrays import BoolArray, IntArray
+from ..user_column import AnyDataset, check_user_column, iterate_user_ids
 from ..users import as_user_id
 
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
-IntArray = NDArray[np.intp]
-BoolArray = NDArray[np.bool_]
 NO_USER = -1  # the generic user: pairs that belong to nobody
 COLUMNS = ("prompt", "chosen", "rejected")
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..agreement import Agreement, encode, measure_agreement
+from ..arrays import FloatArray, IntArray
 from ..files import write_atomically
+from ..user_column import AnyDataset
 from .counts import Counts, Leakage, SplitCounts, count, count_splits, find_leakage
 from .kinds import Recommendation, recommend
-from .preferences import NO_USER, AnyDataset, PreferenceTable, read_preferences
-from .room import MIN_PROMPTS, Room, RoomScores, score_room, summarize_room
+from .preferences import NO_USER, PreferenceTable, read_preferences
+from .room import MIN_PROMPTS, Room, RoomScores, UserAudit, score_room, summarize_room
 from .rules import scale
 from .tastes import Taste, find_tastes
 from .text_features import text_features
@@ -26,26 +27,6 @@ logger = logging.getLogger(__name__)
 MIN_PAIRS = 20  # of a user, to learn from; the default
 MAX_PAIRS = 200_000  # for the room; of larger data, users are drawn
 FEW_PROMPTS = 10
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class UserAudit:
-    """
-    One user's pairs.
-
-    Args:
-        user_id (`str`): The user.
-        num_pairs (`int`): Over all splits.
-        pooled_accuracy (`float`, *optional*): On held-out prompts, of the simple rule for everybody.
-        personal_accuracy (`float`, *optional*): Likewise, of the user's own rule.
-    """
-
-    user_id: str
-    num_pairs: int
-    pooled_accuracy: float | None
-    personal_accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,10 @@ class Audit:
 
         text = json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
         write_atomically(Path(folder) / "audit.json", text.encode())
-        write_atomically(Path(folder) / "audit.png", draw_audit(self))
+        write_atomically(
+            Path(folder) / "audit.png",
+            draw_audit(self.counts, self.users, self.room, self.recommendation, self.tastes),
+        )
 
 
 def audit_preferences(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import FloatArray, IntArray
 from ..intervals import Interval, cluster_mean, cluster_share
 from .rules import NestedCrossValidation, split_prompts
 
@@ -16,8 +17,6 @@ NUM_RESAMPLES = 500
 REPEATS, FEW_PAIRS = 3, 10_000  # up to so many pairs, the luck of one partition into folds is averaged out
 SHUFFLES = (19, 99)  # at least, which makes a p-value of 0.05 possible, and at most
 SHUFFLED_PAIRS = 2_000_000  # pairs times shuffles, about
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,24 @@ class Room:
     num_users: int
     num_prompts: int
     has_evidence: bool
+
+
+@dataclass(frozen=True)
+class UserAudit:
+    """
+    One user's pairs.
+
+    Args:
+        user_id (`str`): The user.
+        num_pairs (`int`): Over all splits.
+        pooled_accuracy (`float`, *optional*): On held-out prompts, of the simple rule for everybody.
+        personal_accuracy (`float`, *optional*): Likewise, of the user's own rule.
+    """
+
+    user_id: str
+    num_pairs: int
+    pooled_accuracy: float | None
+    personal_accuracy: float | None
 
 
 @dataclass(frozen=True)

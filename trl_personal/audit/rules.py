@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from ..arrays import FloatArray, IntArray
+
 
 RIDGES = (10.0, 100.0)  # of the pooled rule
 COVARIANCE_RIDGES = (0.1, 1.0)  # added to a covariance of 1 on the diagonal
@@ -26,8 +28,6 @@ PRIOR_FACTORS = (0.3, 1.0)  # of the shrinkage that the variance between users a
 CLIP = 3.0  # differences of more standard deviations count as that many
 TIE = 1e-6  # margins below it are ties, which count as half right
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
 # By held-out folds and one of them: how many pairs of it each candidate gets right, `(num_candidates,)`.
 Right = dict[tuple[tuple[int, ...], int], FloatArray]
 

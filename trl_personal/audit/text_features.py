@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..agreement import encode
+from ..arrays import BoolArray, FloatArray
 
 
 FEATURES = (
@@ -22,7 +23,6 @@ NEWLINE, BULLET, FIRST_BYTE_OF_EMOJI = ord("\n"), 0xE2, 0xF0  # in UTF-8; "•" 
 _PUNCTUATION = bytes(set(range(128)) - set(b"'") - {code for code in range(128) if chr(code).isalnum()})
 LOWER_WORDS = bytes.maketrans(_PUNCTUATION, b" " * len(_PUNCTUATION))
 LOWER_WORDS = bytes(LOWER_WORDS[code] for code in bytes(range(256)).lower())
-FloatArray = NDArray[np.float64]
 
 
 def text_features(texts: Sequence[str], prompts: Sequence[str]) -> FloatArray:
@@ -125,19 +125,19 @@ def _count_marks(texts: Sequence[str]) -> dict[str, FloatArray]:
     }
 
 
-def _is_any(values: NDArray[np.uint8], characters: bytes) -> NDArray[np.bool_]:
+def _is_any(values: NDArray[np.uint8], characters: bytes) -> BoolArray:
     found = values == characters[0]
     for character in characters[1:]:
         found |= values == character
     return found
 
 
-def _shift_right(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _shift_right(flags: BoolArray) -> BoolArray:
     """What `flags` is for the byte before; the first byte comes after a newline."""
     return np.concatenate([[True], flags[:-1]])
 
 
-def _shift_left(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _shift_left(flags: BoolArray) -> BoolArray:
     """What `flags` is for the byte after."""
     return np.concatenate([flags[1:], [False]])
 

@@ -1,21 +1,20 @@
 """The dataset of `trl-personal dpo`: as in `trl dpo`, and local files."""
 
-import csv
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import DatasetDict, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+from ..data.source import BUILDERS, load_files
+from ..user_column import AnyDataset
 
 
 logger = logging.getLogger(__name__)
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
 Splits: TypeAlias = Mapping[str, AnyDataset]
-
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 def load_preferences(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Splits:
@@ -35,7 +34,11 @@ def load_preferences(script_args: ScriptArguments, dataset_args: DatasetMixtureC
         return get_dataset(dataset_args)
     path = Path(name)
     if path.suffix in BUILDERS:
-        return _load_file(path, script_args.dataset_streaming)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no file {path}. Give a file or folder that exists, or a name on the hub."
+            )
+        return {"train": load_files([path], streaming=script_args.dataset_streaming, empty_is_none=True)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else {"train": saved}
@@ -56,19 +59,3 @@ def select_split(dataset: Splits, split: str, purpose: str) -> AnyDataset:
         f"The dataset has no split {split!r} to {'evaluate' if purpose == 'test' else 'train'} on; found {sorted(dataset)}. "
         f"Name one with `--dataset_{purpose}_split`{without}. (A folder with train.jsonl and test.jsonl has both splits.)"
     )
-
-
-def _load_file(path: Path, streaming: bool) -> Splits:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give a file or folder that exists, or a name on the hub.")
-    options: dict[str, Any] = _csv_options(path) if BUILDERS[path.suffix] == "csv" else {}
-    return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming, **options)
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """All columns as text: user 007 is not user 7, and user "NA" is a user. An empty field is `None`."""
-    separator = "\t" if path.suffix == ".tsv" else ","
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file, delimiter=separator), [])
-    features = Features({column: Value("string") for column in columns})
-    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 
 from .columns import Columns, as_columns, is_conversational, is_one_response_a_row, number_of, pairs_of_row
 from .messages import prompt_features
-from .pairs import AnyDatasetDict, OnReport, make_splits
+from .pairs import OnReport, make_splits
 from .rows import Row, SkippedRow, user_id_of
-from .source import JSON_LINE, JSON_LINE_FEATURES, AnyDataset, check_columns, open_source, parse_row, peek
+from .source import JSON_LINE, JSON_LINE_FEATURES, check_columns, open_source, parse_row, peek
 from .splits import TEST, TRAIN, SourceSplits, SplitRule, choose_split_rule
 
 
@@ -37,9 +37,8 @@ def load_generic(
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
-    streaming: bool = False,
     on_report: OnReport | None = None,
-) -> AnyDatasetDict:
+) -> DatasetDict:
     """
     Preferences from a JSON, CSV or parquet file, or from the Hub, in any of four forms:
 
@@ -77,11 +76,10 @@ def load_generic(
         seed (`int`): Another seed holds out others.
         config_name (`str`, *optional*): Configuration of the set on the Hub.
         revision (`str`, *optional*): Revision of the set on the Hub.
-        streaming (`bool`): Read while iterating; not for one response a row.
         on_report (`Callable`, *optional*): Is handed the [`LoadReport`].
 
     Returns:
-        `DatasetDict` (or `IterableDatasetDict`) with the source's splits, or `train`, `test` (unless its share is 0) and, if
+        `DatasetDict` with the source's splits, or `train`, `test` (unless its share is 0) and, if
         asked for, `test_unknown_users`; columns `prompt`, `chosen`, `rejected` (text or messages), `user_id` (text) and, if
         named, `user_profile`.
 
@@ -110,7 +108,7 @@ def load_generic(
         user_profile=user_profile,
         split=split,
     )
-    sources = open_source(name_or_path, config_name=config_name, revision=revision, streaming=streaming)
+    sources = open_source(name_or_path, config_name=config_name, revision=revision)
     rows = peek(next(iter(sources.values())))
     check_columns(rows, columns.needed(), str(name_or_path), "Say which columns hold what, e.g. `prompt=...`.")
     rule = _split_rule(sources, split, test_size, unknown_users, seed)
@@ -118,8 +116,6 @@ def load_generic(
     joined_rows = 0
     broken: Counter[str] = Counter()
     if is_one_response_a_row(rows, columns):
-        if streaming:
-            raise ValueError("One response a row cannot be streamed: a user's other responses may be anywhere.")
         sources, joined_rows = _join_rows(sources, columns, broken)
     features = prompt_features(conversational) | {"user_id": Value("string")}
     if user_profile is not None:
@@ -137,7 +133,7 @@ def load_generic(
 
 
 def _split_rule(
-    sources: dict[str, AnyDataset], split: str | None, test_size: float | None, unknown_users: float, seed: int
+    sources: dict[str, Dataset], split: str | None, test_size: float | None, unknown_users: float, seed: int
 ) -> SplitRule:
     if split is None:
         return choose_split_rule(sources, test_size, unknown_users, seed)
@@ -148,13 +144,11 @@ def _split_rule(
     return SourceSplits((TRAIN, TEST))
 
 
-def _join_rows(
-    sources: dict[str, AnyDataset], columns: Columns, broken: Counter[str]
-) -> tuple[dict[str, AnyDataset], int]:
+def _join_rows(sources: dict[str, Dataset], columns: Columns, broken: Counter[str]) -> tuple[dict[str, Dataset], int]:
     """One row for all responses of a user to a prompt, and how many rows went into other ones."""
     response, score = str(columns.responses), str(columns.ratings or columns.ranking)
     shared = [column for column in (columns.user_id, columns.prompt, columns.user_profile, columns.split) if column]
-    joined: dict[str, AnyDataset] = {}
+    joined: dict[str, Dataset] = {}
     rows_read = 0
     for source_split, source in sources.items():
         groups: dict[str, Row] = {}

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from .report import LoadReport
 from .rows import Row, SkippedRow
-from .source import AnyDataset, parse_row
+from .source import parse_row
 from .splits import TRAIN, HeldOut, SplitRule
 
 
@@ -25,7 +25,6 @@ BOOKKEEPING = {column: Value("string") for column in (GROUP, SPLIT, FILTERED, BR
 RowToPairs: TypeAlias = Callable[[Row], Iterable[Row | SkippedRow]]
 OnReport: TypeAlias = Callable[[LoadReport], None]
 BATCH_SIZE = 256
-AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Tally:
             self.users[row[SPLIT]].add(row["user_id"])
             self.groups[row[SPLIT]].add(row[GROUP])
 
-    def report(self, *, complete: bool = True) -> LoadReport:
+    def report(self) -> LoadReport:
         """The counts so far."""
         elsewhere = set().union(*(groups for split, groups in self.groups.items() if split != TRAIN))
         return LoadReport(
@@ -66,12 +65,11 @@ class Tally:
             filtered=dict(self.filtered),
             broken=dict(self.broken),
             shared_prompts=len(self.groups.get(TRAIN, set()) & elsewhere),
-            complete=complete,
         )
 
 
 def make_splits(
-    sources: dict[str, AnyDataset],
+    sources: dict[str, Dataset],
     row_to_pairs: RowToPairs,
     features: Features,
     split_rule: SplitRule,
@@ -81,13 +79,9 @@ def make_splits(
     filtered: Counter[str] | None = None,
     broken: Counter[str] | None = None,
     on_report: OnReport | None = None,
-) -> AnyDatasetDict:
+) -> DatasetDict:
     """
     Turn every raw row into pairs and sort the pairs into splits; log the report and hand it to `on_report`.
-
-    Map-style sources are counted before this returns. A stream is counted while it is read: a report comes at the end of
-    each of its shards (a source of one file has one), in every pass over a split, or when the pass is given up. If a data
-    loader has workers, that happens in the workers.
 
     Args:
         sources (`dict`): Raw rows per split of the source.
@@ -101,15 +95,12 @@ def make_splits(
         on_report (`Callable`, *optional*): Is called with the [`LoadReport`].
 
     Raises:
-        `ValueError`: if no pair is left; the message has the report. (A stream is not read, so it is not checked.)
+        `ValueError`: if no pair is left; the message has the report.
     """
     if isinstance(split_rule, HeldOut) and split_rule.unknown_users:
         split_rule = split_rule.after(_users_and_groups(sources, row_to_pairs))
     tally = Tally(name, split_rule.names, rows_read, Counter(filtered), Counter(broken))
     work = {"row_to_pairs": row_to_pairs, "split_rule": split_rule, "columns": (*features, *BOOKKEEPING)}
-    streams = {split: source for split, source in sources.items() if isinstance(source, IterableDataset)}
-    if streams:
-        return _stream_splits(streams, features, work, tally, on_report)
     mapped = [
         source.map(
             _map_batch,
@@ -122,12 +113,11 @@ def make_splits(
             desc="Reading preferences",
         )
         for source_split, source in sources.items()
-        if isinstance(source, Dataset)
     ]
     return _count_and_split(concatenate_datasets(mapped), list(features), tally, on_report)
 
 
-def _users_and_groups(sources: dict[str, AnyDataset], row_to_pairs: RowToPairs) -> Iterator[tuple[str, str]]:
+def _users_and_groups(sources: dict[str, Dataset], row_to_pairs: RowToPairs) -> Iterator[tuple[str, str]]:
     for source in sources.values():
         for raw in source:
             for pair in _pairs_of(raw, row_to_pairs):
@@ -181,60 +171,6 @@ def _count_and_split(rows: Dataset, columns: list[str], tally: Tally, on_report:
     kept = rows.select_columns(columns)
     splits = np.array(place, dtype=object)
     return DatasetDict({split: kept.select(np.flatnonzero(splits == split)) for split in tally.split_names})
-
-
-def _stream_splits(
-    streams: dict[str, IterableDataset],
-    features: Features,
-    work: dict[str, Any],
-    tally: Tally,
-    on_report: OnReport | None,
-) -> IterableDatasetDict:
-    fresh = Tally(tally.name, tally.split_names)
-    # A list makes `datasets` deal its items out to workers. What was left out before counts in the first shard only.
-    shards = [
-        (source_split, stream.shard(stream.num_shards, index), fresh)
-        for source_split, stream in streams.items()
-        for index in range(stream.num_shards)
-    ]
-    shards[0] = (*shards[0][:2], tally)
-    common = {"features": features, "work": work, "on_report": on_report}
-    return IterableDatasetDict(
-        {
-            split: IterableDataset.from_generator(
-                _stream_pairs, features=features, gen_kwargs={"shards": shards, "split": split, **common}
-            )
-            for split in tally.split_names
-        }
-    )
-
-
-def _stream_pairs(
-    shards: list[tuple[str, IterableDataset, Tally]],
-    split: str,
-    features: Features,
-    work: dict[str, Any],
-    on_report: OnReport | None,
-) -> Iterator[Row]:
-    for source_split, shard, start in shards:
-        tally = replace(start, filtered=Counter(start.filtered), broken=Counter(start.broken))
-        complete = False
-        try:
-            for row in _mapped_rows(shard, source_split, work):
-                tally.add(row)
-                if row[SPLIT] == split:
-                    yield {column: row[column] for column in features}
-            complete = True
-        finally:
-            _publish(tally.report(complete=complete), on_report)
-
-
-def _mapped_rows(shard: IterableDataset, source_split: str, work: dict[str, Any]) -> Iterator[Row]:
-    # `iter` reads all of the shard; a loop over it would leave out what belongs to other workers, though none has it
-    for batch in shard.iter(BATCH_SIZE):
-        mapped = _map_batch(batch, source_split=source_split, **work)
-        for values in zip(*mapped.values(), strict=True):
-            yield dict(zip(mapped, values, strict=True))
 
 
 def _publish(report: LoadReport, on_report: OnReport | None) -> None:

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 
 from .messages import Message, assistant_message, prompt_features, user_message
-from .pairs import GROUP, AnyDatasetDict, OnReport, make_splits
+from .pairs import GROUP, OnReport, make_splits
 from .rows import Row, SkippedRow, text_of, user_id_of
-from .source import JSON_LINE, JSON_LINE_FEATURES, AnyDataset, check_columns, open_source, parse_row, peek
+from .source import JSON_LINE, JSON_LINE_FEATURES, check_columns, open_source, parse_row, peek
 from .splits import choose_split_rule
 
 
@@ -48,9 +48,8 @@ def load_prism(
     unknown_users: float = PAPER_UNKNOWN_USERS,
     seed: int = 0,
     revision: str | None = None,
-    streaming: bool = False,
     on_report: OnReport | None = None,
-) -> AnyDatasetDict:
+) -> DatasetDict:
     """
     PRISM's choices (arXiv 2404.16019) with the profile of each user: in every turn, each rejected answer against the chosen
     one.
@@ -78,12 +77,10 @@ def load_prism(
         unknown_users (`float`, defaults to 162 of 1,396): Share of the users in `test_unknown_users`.
         seed (`int`): Another seed holds out others.
         revision (`str`, *optional*): Revision of the set on the Hub.
-        streaming (`bool`): Read while iterating; `table="conversations"` only. Choosing the held-out users takes one pass over
-            the stream before.
         on_report (`Callable`, *optional*): Is handed the [`LoadReport`]; its rows are conversations.
 
     Returns:
-        `DatasetDict` (or `IterableDatasetDict`) with `train`, `test` and `test_unknown_users` (not those whose share is 0);
+        `DatasetDict` with `train`, `test` and `test_unknown_users` (not those whose share is 0);
         columns `prompt`, `chosen`, `rejected` (messages or text), `user_id`, `user_profile` (text, or `None` if nothing was
         answered), `conversation_id` and `turn`.
 
@@ -95,15 +92,11 @@ def load_prism(
         raise ValueError(f'`table` must be "conversations" or "utterances", found {table!r}.')
     if stated_preferences not in ("scores", "display_order"):
         raise ValueError(f'`stated_preferences` must be "scores" or "display_order", found {stated_preferences!r}.')
-    if streaming and table == "utterances":
-        raise ValueError(
-            'Utterances cannot be streamed: one conversation may be anywhere. Use `table="conversations"`.'
-        )
     filtered: Counter[str] = Counter()
     broken: Counter[str] = Counter()
-    survey = _open_table(name_or_path, "survey", revision, streaming=False)
+    survey = _open_table(name_or_path, "survey", revision)
     profiles = _read_survey(survey, stated_preferences, filtered, broken)
-    source = _open_table(name_or_path, table, revision, streaming)
+    source = _open_table(name_or_path, table, revision)
     if table == "utterances":
         source = _join_utterances(source, broken)
     columns = {"user_id": Value("string"), "user_profile": Value("string")}
@@ -120,23 +113,23 @@ def load_prism(
     )
 
 
-def _open_table(name_or_path: str | Path, table: str, revision: str | None, streaming: bool) -> AnyDataset:
+def _open_table(name_or_path: str | Path, table: str, revision: str | None) -> Dataset:
     folder = Path(name_or_path).expanduser()
     if folder.exists():
         path = folder / f"{table}.jsonl"
         if not path.is_file():
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "a file"
             raise FileNotFoundError(f"{folder} must be a folder with {table}.jsonl; found {found}.")
-        source = open_source(path, streaming=streaming)["train"]
+        source = open_source(path)["train"]
     else:
-        source = open_source(name_or_path, config_name=table, revision=revision, streaming=streaming)["train"]
+        source = open_source(name_or_path, config_name=table, revision=revision)["train"]
     hint = f"This is not the table `{table}` of PRISM."
     check_columns(peek(source), COLUMNS[table], f"{name_or_path}, {table},", hint)
     return source
 
 
 def _read_survey(
-    survey: AnyDataset, stated_preferences: str, filtered: Counter[str], broken: Counter[str]
+    survey: Dataset, stated_preferences: str, filtered: Counter[str], broken: Counter[str]
 ) -> dict[str, str | None]:
     """The profile of each user."""
     profiles = {}
@@ -179,7 +172,7 @@ def _stated_preferences(row: Row, rule: str) -> list[str]:
     return sorted(ranks, key=ranks.__getitem__)[:NUM_STATED]  # a stable sort: equal scores keep the codebook's order
 
 
-def _join_utterances(utterances: AnyDataset, broken: Counter[str]) -> Dataset:
+def _join_utterances(utterances: Dataset, broken: Counter[str]) -> Dataset:
     """Utterances, put together to the conversations they come from."""
     conversations: dict[str, Row] = {}
     turns: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 
 from .messages import assistant_message, prompt_features, user_message
-from .pairs import GROUP, AnyDatasetDict, OnReport, make_splits
+from .pairs import GROUP, OnReport, make_splits
 from .rows import Row, SkippedRow, text_of, user_id_of
-from .source import JSON_LINE, JSON_LINE_FEATURES, AnyDataset, check_columns, open_source, peek, read_json_list
+from .source import JSON_LINE, JSON_LINE_FEATURES, check_columns, open_source, peek, read_json_list
 from .splits import choose_split_rule
 
 
@@ -42,9 +42,8 @@ def load_psoups(
     seed: int = 0,
     config_name: str | None = None,
     revision: str | None = None,
-    streaming: bool = False,
     on_report: OnReport | None = None,
-) -> AnyDatasetDict:
+) -> DatasetDict:
     """
     Personalized Soups' comparisons (arXiv 2310.11564) as the P-DPO paper uses them: six users, no text about the preference
     in the prompt.
@@ -66,11 +65,10 @@ def load_psoups(
         seed (`int`): Another seed holds out others.
         config_name (`str`, *optional*): Configuration of the set on the Hub.
         revision (`str`, *optional*): Revision of the set on the Hub.
-        streaming (`bool`): Read while iterating.
         on_report (`Callable`, *optional*): Is handed the [`LoadReport`].
 
     Returns:
-        `DatasetDict` (or `IterableDatasetDict`) with `train`, `test` (unless its share is 0) and, if asked for,
+        `DatasetDict` with `train`, `test` (unless its share is 0) and, if asked for,
         `test_unknown_users`; columns `prompt`, `chosen`, `rejected` (text or messages), `user_id` ("P1A" to "P3B") and
         `user_profile` (a sentence on what the user wants).
 
@@ -83,7 +81,7 @@ def load_psoups(
     if is_rm_training:
         sources, repeated = _open_rm_training(path)
     else:
-        sources = open_source(name_or_path, config_name=config_name, revision=revision, streaming=streaming)
+        sources = open_source(name_or_path, config_name=config_name, revision=revision)
     columns = _find_schema(peek(next(iter(sources.values()))), str(name_or_path))
     return make_splits(
         sources,
@@ -117,7 +115,7 @@ def _find_schema(rows: list[Row], name: str) -> tuple[str, str, str, str]:
     return SCHEMAS[0]
 
 
-def _open_rm_training(folder: Path) -> tuple[dict[str, AnyDataset], int]:
+def _open_rm_training(folder: Path) -> tuple[dict[str, Dataset], int]:
     """The six files as one source with a `user_id` column and without repeated rows, and how many those were."""
     missing = [f"{user}.json" for user in USERS if not (folder / f"{user}.json").is_file()]
     if missing:

@@ -25,7 +25,6 @@ class LoadReport:
         broken (`Mapping[str, int]`): What cannot be used (not JSON, no user, ...), per reason.
         shared_prompts (`int`): Prompts of `train` that occur in another split too; above 0 only if the source's own splits
             leak.
-        complete (`bool`): Whether all rows were read; not if the pass over a stream was given up.
 
     ```python
     >>> report = LoadReport("my.jsonl", 6, {"train": 3, "test": 1}, {"train": 2, "test": 1}, broken={"no `prompt`": 2})
@@ -42,12 +41,10 @@ class LoadReport:
     filtered: Mapping[str, int] = field(default_factory=dict)
     broken: Mapping[str, int] = field(default_factory=dict)
     shared_prompts: int = 0
-    complete: bool = True
 
     def __str__(self) -> str:
-        read = f"{self.rows_read} rows read" if self.complete else f"{self.rows_read} rows read, then given up"
         splits = [f"{split}: {pairs} pairs, {self.users[split]} users" for split, pairs in self.pairs.items()]
-        lines = [f"{self.source}: {'; '.join([read, *splits])}"]
+        lines = [f"{self.source}: {'; '.join([f'{self.rows_read} rows read', *splits])}"]
         for kind, reasons in (("filtered", self.filtered), ("broken", self.broken)):
             lines += [f"  {kind}: {count} x {reason}" for reason, count in sorted(reasons.items())]
         if self.shared_prompts:
@@ -56,6 +53,5 @@ class LoadReport:
 
     def log(self) -> None:
         """Write the report to the log: a warning if something is wrong with the data."""
-        is_empty = self.complete and 0 in self.pairs.values()
-        wrong = self.broken or self.shared_prompts or is_empty
+        wrong = self.broken or self.shared_prompts or 0 in self.pairs.values()
         logger.log(logging.WARNING if wrong else logging.INFO, "%s", self)

@@ -5,29 +5,30 @@ import json
 import logging
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, Value
+
+from ..user_column import AnyDataset
 
 
 logger = logging.getLogger(__name__)
-
-AnyDataset: TypeAlias = Dataset | IterableDataset
 
 # Local JSON is read as text, one row a line, and parsed row by row. A broken line is then one broken row, not the end of
 # the loading, and fields that are left out or change their type (Azure's TL;DR files) need no common schema.
 JSON_LINE = "json_line"
 JSON_LINE_FEATURES = Features({JSON_LINE: Value("string")})
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TABLE_SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 NUM_PEEKED = 100  # rows that are looked at before reading
 PARQUET_REVISION = "refs/convert/parquet"  # where the Hub keeps its own conversion of a set that has a loading script
 
 
 def open_source(
-    name_or_path: str | Path, *, config_name: str | None = None, revision: str | None = None, streaming: bool = False
-) -> dict[str, AnyDataset]:
+    name_or_path: str | Path, *, config_name: str | None = None, revision: str | None = None
+) -> dict[str, Dataset]:
     """
     The raw rows of a data set, per split of the source. A local file or folder is one split, `train`.
 
@@ -37,34 +38,33 @@ def open_source(
             are kept as text: user 007 is not user 7.
         config_name (`str`, *optional*): Configuration of a set on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of a set on the Hub.
-        streaming (`bool`): Read while iterating, not before.
 
     Raises:
         `FileNotFoundError`: if there is no such file, or no such set. `ValueError`: for a file type that is not known.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return _open_files(path, streaming)
+        return _open_files(path)
     if path.suffix in (*JSON_SUFFIXES, *TABLE_SUFFIXES) or str(name_or_path).startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no file or folder {path}. Give a path that exists, or a name on the Hub.")
-    return _open_hub(str(name_or_path), config_name, revision, streaming)
+    return _open_hub(str(name_or_path), config_name, revision)
 
 
-def _open_hub(name: str, config_name: str | None, revision: str | None, streaming: bool) -> dict[str, AnyDataset]:
+def _open_hub(name: str, config_name: str | None, revision: str | None) -> dict[str, Dataset]:
     try:
-        return dict(datasets.load_dataset(name, config_name, revision=revision, streaming=streaming))
+        return dict(datasets.load_dataset(name, config_name, revision=revision))
     except RuntimeError as error:
         # `datasets` 4 and later run no loading scripts; the Hub's conversion has one folder per configuration
         if "scripts are no longer supported" not in str(error) or revision is not None:
             raise
         logger.info("%s has a loading script; reading its conversion on the Hub, %s.", name, PARQUET_REVISION)
-        return dict(datasets.load_dataset(name, data_dir=config_name, revision=PARQUET_REVISION, streaming=streaming))
+        return dict(datasets.load_dataset(name, data_dir=config_name, revision=PARQUET_REVISION))
     except (OSError, ValueError) as error:
         error.add_note(f"`{name}` was looked up on the Hugging Face Hub. A path to a local copy works too.")
         raise
 
 
-def _open_files(path: Path, streaming: bool) -> dict[str, AnyDataset]:
+def _open_files(path: Path) -> dict[str, Dataset]:
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     known = [file for file in files if file.suffix in (*JSON_SUFFIXES, *TABLE_SUFFIXES)]
     suffixes = {file.suffix for file in known}
@@ -74,38 +74,50 @@ def _open_files(path: Path, streaming: bool) -> dict[str, AnyDataset]:
             f"{path} must be a file of type {', '.join((*JSON_SUFFIXES, *TABLE_SUFFIXES))} or a folder with files of one such "
             f"type, found {found}. Name a single file."
         )
-    suffix = suffixes.pop()
-    names = [str(file) for file in known]
-    if suffix in JSON_SUFFIXES:
-        return {"train": _open_json(known, streaming)}
-    options = {} if suffix == ".parquet" else _csv_options(known[0])
-    table = datasets.load_dataset(
-        TABLE_SUFFIXES[suffix], data_files=names, split="train", streaming=streaming, **options
-    )
-    return {"train": table}
+    rows = _open_json(known) if suffixes <= set(JSON_SUFFIXES) else load_files(known)
+    return {"train": rows}
 
 
-def _csv_options(file: Path) -> dict[str, Any]:
-    """Options with which every value stays the text it is."""
+def load_files(files: list[Path], *, streaming: bool = False, empty_is_none: bool = False) -> AnyDataset:
+    """
+    The rows of files of one type, a key of `BUILDERS`, with the columns that `datasets` finds in them. Values in CSV files are
+    kept as text: user 007 is not user 7, and user "NA" is a user.
+
+    Args:
+        files (`list[Path]`): The files; the suffix of the first is that of all.
+        streaming (`bool`): Whether to return a stream, which reads the files while it is iterated.
+        empty_is_none (`bool`): Whether an empty field of a CSV file is `None` and not an empty text.
+
+    Returns:
+        `Dataset`, or `IterableDataset` with `streaming`.
+
+    Raises:
+        `ValueError`: if a CSV file has no line with the names of its columns.
+    """
+    builder = BUILDERS[files[0].suffix]
+    options = _csv_options(files[0], empty_is_none) if builder == "csv" else {}
+    names = [str(file) for file in files]
+    return datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
+
+
+def _csv_options(file: Path, empty_is_none: bool) -> dict[str, Any]:
     separator = "\t" if file.suffix == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as stream:
         header = next(csv.reader(stream, delimiter=separator), [])
     if not header:
         raise ValueError(f"{file} is empty; its first line must name the columns.")
     features = Features({column: Value("string") for column in header})
-    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+    empty = {"na_values": [""]} if empty_is_none else {}
+    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig", **empty}
 
 
-def _open_json(files: list[Path], streaming: bool) -> AnyDataset:
+def _open_json(files: list[Path]) -> Dataset:
     features = JSON_LINE_FEATURES
     if not _is_json_list(files[0]):
         names = [str(file) for file in files]
-        return datasets.load_dataset(
-            "text", data_files=names, split="train", streaming=streaming, features=features, encoding="utf-8-sig"
-        )
+        return datasets.load_dataset("text", data_files=names, split="train", features=features, encoding="utf-8-sig")
     lines = [json.dumps(row) for file in files for row in read_json_list(file)]
-    rows = Dataset.from_dict({JSON_LINE: lines}, features=features)
-    return rows.to_iterable_dataset() if streaming else rows
+    return Dataset.from_dict({JSON_LINE: lines}, features=features)
 
 
 def _is_json_list(file: Path) -> bool:
@@ -129,7 +141,7 @@ def read_json_list(file: Path) -> list[Any]:
     return rows
 
 
-def peek(source: AnyDataset) -> list[dict[str, Any]]:
+def peek(source: Dataset) -> list[dict[str, Any]]:
     """
     The first rows of `source`, parsed, to see what it holds: JSON need not have every field in every row.
 

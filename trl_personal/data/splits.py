@@ -100,7 +100,7 @@ def is_held_out(prompt: str, share: float, seed: int) -> bool:
     Whether `prompt` is among the `share` of all prompts that is held out.
 
     That depends on the prompt and the seed only, not on other rows. So a prompt is on the same side for every user, and it
-    stays there when data are added, come in another order, or are streamed.
+    stays there when data are added or come in another order.
 
     ```python
     >>> sum(is_held_out(f"prompt {number}", 0.1, seed=0) for number in range(10_000))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from datasets import Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 
-from .pairs import GROUP, SPLIT, AnyDatasetDict, OnReport, make_splits
+from .pairs import GROUP, SPLIT, OnReport, make_splits
 from .rows import Row, SkippedRow, text_of, user_id_of
-from .source import AnyDataset, check_columns, open_source, parse_row, peek
+from .source import check_columns, open_source, parse_row, peek
 from .splits import TEST, TRAIN, SourceSplits
 
 
@@ -56,9 +56,8 @@ def load_tldr(
     supervised_only: bool = True,
     config_name: str | None = "comparisons",
     revision: str | None = None,
-    streaming: bool = False,
     on_report: OnReport | None = None,
-) -> AnyDatasetDict:
+) -> DatasetDict:
     """
     TL;DR comparisons with their workers, as in the P-DPO paper (arXiv 2402.05133).
 
@@ -83,11 +82,10 @@ def load_tldr(
             the paper does. `False` keeps all, CNN/DM articles included.
         config_name (`str`, *optional*, defaults to "comparisons"): Configuration of the set on the Hub.
         revision (`str`, *optional*): Revision of the set on the Hub.
-        streaming (`bool`): Read while iterating. Choosing the workers takes one pass over the stream before.
         on_report (`Callable`, *optional*): Is handed the [`LoadReport`].
 
     Returns:
-        `DatasetDict` (or `IterableDatasetDict`) with `train` and `test`, columns `prompt`, `chosen`, `rejected`, `user_id` and
+        `DatasetDict` with `train` and `test`, columns `prompt`, `chosen`, `rejected`, `user_id` and
         `post_id` (all text), and `preference` ("longer" or "shorter") with `labels="length"`. Summaries start with a space,
         which the prompt's closing `TL;DR:` asks for.
 
@@ -99,7 +97,7 @@ def load_tldr(
         raise ValueError(f'`labels` must be "length" or "choice", found {labels!r}.')
     if num_users is not None and num_users < 1:
         raise ValueError(f"`num_users` must be at least 1, or `None` for all workers, found {num_users}.")
-    sources = open_source(name_or_path, config_name=config_name, revision=revision, streaming=streaming)
+    sources = open_source(name_or_path, config_name=config_name, revision=revision)
     hint = "The raw schema of openai/summarize_from_feedback is needed; mirrors without `worker` are of no use here."
     check_columns(peek(next(iter(sources.values()))), COLUMNS, str(name_or_path), hint)
     workers = _choose_workers(sources, name_or_path, labels, num_users, seed, supervised_only)
@@ -130,7 +128,7 @@ def draw_preferences(workers: list[str], seed: int = PAPER_SEED) -> dict[str, st
 
 
 def _choose_workers(
-    sources: dict[str, AnyDataset],
+    sources: dict[str, Dataset],
     name_or_path: str | Path,
     labels: str,
     num_users: int | None,
@@ -153,7 +151,7 @@ def _choose_workers(
     return Workers(top, preferences, posts)
 
 
-def _comparisons(sources: dict[str, AnyDataset], supervised_only: bool) -> Iterator[Comparison]:
+def _comparisons(sources: dict[str, Dataset], supervised_only: bool) -> Iterator[Comparison]:
     for source in sources.values():
         for raw in source:
             row = parse_row(raw)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from numpy.typing import NDArray
 from transformers import set_seed
 
 from ..agreement import compare, encode, majority_agreement
+from ..arrays import FloatArray
 from ..models.attach import detach_user_model
 from ..models.loading import find_user_model
 from ..models.saving import get_base_model
@@ -34,7 +34,6 @@ from .user_report import GENERIC_USER, describe_run
 from .verdict import evaluate_margins
 
 
-FloatArray = NDArray[np.float64]
 GIVEN_ROW = "given_row"  # rides along while the trainer prepares the dataset
 
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Trainer
 
+from ..arrays import FloatArray
 from ..training.user_metrics import MarginRecorder, swapped_user_indices
 from ..users import UserVocab
 
 
 ROW_COLUMN = "row_of_pair"  # rides along through the preparation of the dataset, which may leave rows out
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..agreement import encode
+from ..arrays import BoolArray, FloatArray, IntArray
 from ..intervals import Interval, cluster_mean, cluster_share
 from .report import GroupResult, PersonalizationReport, UserResult
 
@@ -22,9 +23,6 @@ OTHER_WAYS = {  # to personalize; how the verdict calls them
 MIN_PROMPTS = 10  # fewer independent prompts say nothing reliable, however clear they look
 NUM_BINS = 10  # of the calibration error
 USER_RESAMPLES = 200  # for the interval of one user
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..arrays import FloatArray
 from ..users import GENERIC_USER_INDEX
-
-
-FloatArray = NDArray[np.float64]
 
 
 def pair_margins(

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..report import PersonalizationReport, UserResult, scorers_of
-from .canvas import (
+from ...canvas import (
     BLUE,
     GRAY,
     GREEN,
@@ -20,6 +19,7 @@ from .canvas import (
     tidy,
     width_for,
 )
+from ..report import PersonalizationReport, UserResult, scorers_of
 
 
 STYLES = {"own": (BLUE, "o"), "generic": (GRAY, "s"), "swapped": (ORANGE, "X"), "pooled": (GREEN, "^")}

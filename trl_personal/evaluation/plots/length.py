@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .canvas import BLUE, GRAY, MAX_LABELS, ORANGE, label_users, legend_below, new_figure, tidy, width_for
+from ...canvas import BLUE, GRAY, MAX_LABELS, ORANGE, label_users, legend_below, new_figure, tidy, width_for
 
 
 PREFERENCE_COLORS = {"longer": BLUE, "shorter": ORANGE}

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from .canvas import BLUE, GRAY, MAX_LABELS, ORANGE, legend_below, new_figure, tidy, width_for
+from ...canvas import BLUE, GRAY, MAX_LABELS, ORANGE, legend_below, new_figure, tidy, width_for
 
 
 PROMPTS = {  # column of the rows, and color

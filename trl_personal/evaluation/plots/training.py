@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from .canvas import BLUE, GRAY, ORANGE, PURPLE, new_figure, tidy
+from ...canvas import BLUE, GRAY, ORANGE, PURPLE, new_figure, tidy
 
 
 # a panel: its title, and for each curve the metric, how it is called, its color and its line

@@ -9,17 +9,16 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from ...arrays import FloatArray
+from ...canvas import GRAY, PALETTE, new_figure, tidy
 from ...user_models import UserModel
 from ...users import GENERIC_USER_INDEX, UserVocab
-from .canvas import GRAY, PALETTE, new_figure, tidy
 
 
 MAX_USERS = 5000  # a map of more shows no more
 MAX_NAMES = 12
 BATCH_SIZE = 1024
-FloatArray = NDArray[np.float64]
 
 
 def plot_user_map(
