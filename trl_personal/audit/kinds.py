@@ -52,7 +52,7 @@ def recommend(
         features (`NDArray`): Of [`scale`], `(n, num_features)`.
         users (`IntArray`): `(n,)`, from 0.
         prompts (`IntArray`): `(n,)`, from 0.
-        seed (`int`): Of folds and resamples.
+        seed (`int`): Random seed for the folds.
     """
     if not room.has_evidence:
         return Recommendation("none", _why_none(room), {})
@@ -69,7 +69,7 @@ def recommend(
     kind = next(
         kind
         for kind in order
-        if kind == best or cluster_mean(scores[best] - scores[kind], prompts, seed=seed).low <= 0
+        if kind == best or cluster_mean(scores[best] - scores[kind], prompts).low <= 0
     )
     return Recommendation(kind, _why(room, kind, best, pairs), accuracies)
 
