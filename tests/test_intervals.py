@@ -20,9 +20,7 @@ def bootstrap_half_width(values, clusters, weights, num_resamples=2000):
     return stdtrit(effective - 1, 0.975) * means.std() * math.sqrt(effective / (effective - 1))
 
 
-@pytest.mark.parametrize(
-    ("num_clusters", "tolerance"), [(5, 0.02), (20, 0.005), (100, 0.001), (1000, 0.0005)]
-)
+@pytest.mark.parametrize(("num_clusters", "tolerance"), [(5, 0.02), (20, 0.005), (100, 0.001), (1000, 0.0005)])
 def test_the_closed_form_equals_a_bootstrap(num_clusters, tolerance):
     rng = np.random.default_rng(num_clusters)
     clusters = np.repeat(np.arange(num_clusters), 4)

@@ -286,9 +286,7 @@ def simulate_margins(
 
 
 def share_of_gains(num_seeds, **settings):
-    return np.mean(
-        [evaluate_margins(**simulate_margins(seed, **settings)).has_gain for seed in range(num_seeds)]
-    )
+    return np.mean([evaluate_margins(**simulate_margins(seed, **settings)).has_gain for seed in range(num_seeds)])
 
 
 def most_by_chance(num_seeds, rate=0.05):

@@ -98,9 +98,7 @@ def cluster_share(
     return Interval(share, max(0.0, float(center - half_width)), min(1.0, float(center + half_width)))
 
 
-def _mean_and_error(
-    values: ArrayLike, clusters: ArrayLike, weights: ArrayLike | None
-) -> tuple[float, float, float]:
+def _mean_and_error(values: ArrayLike, clusters: ArrayLike, weights: ArrayLike | None) -> tuple[float, float, float]:
     """The weighted mean, its clustered standard error, and the effective number of clusters."""
     numbers = np.asarray(values, dtype=np.float64)
     _, codes = np.unique(np.asarray(clusters), return_inverse=True)

@@ -66,11 +66,7 @@ def recommend(
     pairs = float(np.median(np.bincount(users)))
     few_users = room.num_users <= USERS_FOR_INDIVIDUAL and pairs >= PAIRS_FOR_INDIVIDUAL
     order = ("individual", "cluster", "low_rank") if few_users else ("cluster", "low_rank", "individual")
-    kind = next(
-        kind
-        for kind in order
-        if kind == best or cluster_mean(scores[best] - scores[kind], prompts).low <= 0
-    )
+    kind = next(kind for kind in order if kind == best or cluster_mean(scores[best] - scores[kind], prompts).low <= 0)
     return Recommendation(kind, _why(room, kind, best, pairs), accuracies)
 
 

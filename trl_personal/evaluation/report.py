@@ -9,7 +9,13 @@ from rich.table import Table
 from ..intervals import Interval
 
 
-SCORERS = ("own", "generic", "swapped", "opposite", "vanilla")  # what pairs were scored with, in the order of tables; others follow
+SCORERS = (
+    "own",
+    "generic",
+    "swapped",
+    "opposite",
+    "vanilla",
+)  # what pairs were scored with, in the order of tables; others follow
 MAX_ON_ONE_LINE = 4  # scorers that a table holds with their intervals beside the number
 GROUPS = ("all", "known", "unknown", "minority")
 

@@ -68,18 +68,18 @@ def evaluate_margins(
     right if it is above zero. Means are over users, each counting the same. Intervals keep all pairs about a prompt together
     ([`~intervals.cluster_mean`]).
 
-    The verdict is a gain only if the user's own prompt beats **each** of what was measured: the generic prompt, vanilla DPO, and
-    another user's prompt (`swapped`). Which of the first two is the better one is known from the same pairs only, so both have
-    to be beaten; and another user's prompt shows what is due to having any soft prompt. As every test must pass, a false gain
-    is at most as frequent as in a single one. The prompt of an opposite user is shown, but is no part of the verdict: it pulls
-    the other way, so nearly every prompt beats it.
+    The verdict is a gain only if the user's own prompt beats **each** of what was measured: the generic prompt, vanilla DPO,
+    and another user's prompt (`swapped`). Which of the first two is the better one is known from the same pairs only, so both
+    have to be beaten; and another user's prompt shows what is due to having any soft prompt. As every test must pass, a false
+    gain is at most as frequent as in a single one. The prompt of an opposite user is shown, but is no part of the verdict: it
+    pulls the other way, so nearly every prompt beats it.
 
     Args:
         own (`ArrayLike`): Margins `(n,)` with the user's own prompt. Unknown users have the generic one.
         generic (`ArrayLike`): Margins `(n,)` with the generic prompt.
         user_ids (`Sequence`): The user of each pair; `None` for the generic user.
         prompt_ids (`Sequence`): The prompt of each pair, its text or a number.
-        swapped (`ArrayLike`, *optional*): Margins `(n,)` with another user's prompt, by a fixed rule that knows no preferences.
+        swapped (`ArrayLike`, *optional*): Margins `(n,)` with another user's prompt, by a rule that knows no preferences.
             Without them the verdict is never a gain: what any soft prompt would give cannot be told from what is personal.
         opposite (`ArrayLike`, *optional*): Margins `(n,)` with the prompt of a user on the other side of the same conflict.
         vanilla (`ArrayLike`, *optional*): Margins `(n,)` of a model trained by vanilla DPO on all users.
@@ -177,12 +177,9 @@ def _user_results(
     )
 
 
-def _user_result(
-    pairs: _Pairs, name: str | None, known: bool, minority: float, confidence: float
-) -> UserResult:
+def _user_result(pairs: _Pairs, name: str | None, known: bool, minority: float, confidence: float) -> UserResult:
     accuracy = {
-        scorer: cluster_share(values, pairs.prompts, confidence=confidence)
-        for scorer, values in pairs.right.items()
+        scorer: cluster_share(values, pairs.prompts, confidence=confidence) for scorer, values in pairs.right.items()
     }
     return UserResult(
         user_id=name,

@@ -604,9 +604,12 @@ class PersonalizedDPOTrainer(DPOTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in transformers. What `score_pairs` listens with sees the rows that are left after their preparation."""
+        """As in transformers. The recorder gets the prepared dataset, as it needs to know which rows truncation left."""
         if self.margin_recorder is not None:
-            self.margin_recorder.see(eval_dataset)
+            prepared: Any = self.eval_dataset
+            if eval_dataset is not None:
+                prepared = prepared[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+            self.margin_recorder.see(prepared)
         return super().get_eval_dataloader(eval_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
