@@ -31,9 +31,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.data import load_tldr, make_length_preferences
-from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user, opposite_users
+from trl_personal.evaluation import answers_by_user, evaluate_trainer, opposite_users
 from trl_personal.evaluation.plots import plot_length_by_user
-from trl_personal.evaluation.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -60,7 +59,7 @@ class ScriptArguments:
     top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens to sample answers from."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "On tokens of the post and the answer."})
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "No n-gram of this size comes twice; 0 for any."})
-    num_threads: int = field(default=2, metadata={"help": "Of the CPU; `accelerate launch` alone leaves one."})
+    num_threads: int = field(default=2, metadata={"help": "Threads of the CPU; `accelerate launch` leaves one."})
 
 
 def warm_up(dataset, script_args, training_args):
@@ -122,24 +121,24 @@ def main(script_args, training_args, model_args):
     options = {"do_sample": True, **{name: getattr(script_args, name) for name in decoding}}
     users, batch_size = [*preferences, None], training_args.per_device_eval_batch_size
     answers = answers_by_user(trainer.model, tokenizer, prompts, users, batch_size, **options)
-    own, swapped = evaluate_by_user(trainer, test), evaluate_by_user(trainer, test, as_user=opposite)
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
     vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
     vanilla_trainer.train()
     vanilla_trainer.save_model()
-    vanilla = evaluate_by_user(vanilla_trainer, test)
 
+    controls = {"vanilla": vanilla_trainer, "opposite_users": opposite, "preference_column": "preference"}
+    evaluation = evaluate_trainer(trainer, test, **controls, prompts=prompts, answers=answers)
     if not trainer.is_world_process_zero():
         return
-    run = {**describe_run(), "seed": training_args.seed, "wall_seconds": round(time.time() - start, 1)}
-    summary = summarize_users(test, own, swapped, vanilla, prompts, answers)
-    (output_dir / "results.json").write_text(json.dumps({**run, **summary}, indent=2))
-    plot_length_by_user(output_dir / "length_by_user.png", [*summary["users"], summary["generic"]])
+    results = evaluation.to_dict()
+    run = {**results.pop("run"), "seed": training_args.seed, "wall_seconds": round(time.time() - start, 1)}
+    (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
+    plot_length_by_user(output_dir / "length_by_user.png", evaluation.length_rows())
     pair = [users[0], opposite[users[0]]]
-    console.print(users_table(summary), answers_table(summary, 0, pair))
-    console.print(answers_table(summary, 1, [*pair, users[-2], GENERIC_USER]))
+    console.print(evaluation.users_table(), evaluation.answers_table(0, pair))
+    console.print(evaluation.answers_table(1, [*pair, users[-2], None]), evaluation.report.verdict)
     console.print(f"{output_dir}/results.json and length_by_user.png after {run['wall_seconds']:.0f} s")
 
 

@@ -21,7 +21,6 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -31,9 +30,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer, render_user_profile
 from trl_personal.data import load_prism, make_dialogue_preferences
-from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user
-from trl_personal.evaluation.plots import plot_accuracy_by_user
-from trl_personal.evaluation.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
+from trl_personal.evaluation import answers_by_user, evaluate_trainer
+from trl_personal.evaluation.plots import plot_report
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -63,7 +61,7 @@ class ScriptArguments:
     sft_steps: int = field(default=300, metadata={"help": "Warm-up steps of the small model."})
     num_prompts: int = field(default=8, metadata={"help": "Unseen dialogues that six users get an answer to."})
     max_new_tokens: int = field(default=60, metadata={"help": "Longest answer."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
     top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens to sample from."})
 
 
@@ -104,7 +102,7 @@ def main(script_args, training_args, model_args):
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
     set_seed(seed)
     dataset = load_prism(path, test_size=size) if path else make_dialogue_preferences(seed=seed)
-    train, test, unseen = (dataset[split] for split in ("train", "test", "test_unknown_users"))
+    train, test, unknown = (dataset[split] for split in ("train", "test", "test_unknown_users"))
     test = test.filter(lambda row, known=frozenset(train["user_id"]): row["user_id"] in known)
     users = list(dict.fromkeys(test["user_id"]))
     model = model_args.model_name_or_path or warm_up(train, script_args, training_args)
@@ -120,25 +118,26 @@ def main(script_args, training_args, model_args):
     options = {name: getattr(script_args, name) for name in ("max_new_tokens", "temperature", "top_p")}
     options |= {"do_sample": True, "user_profiles": dict(zip(test["user_id"], test["user_profile"], strict=True))}
     answers = answers_by_user(trainer.model, tokenizer, prompts, [*users[:6], None], **options)
-    own = evaluate_by_user(trainer, test)
-    swapped = evaluate_by_user(trainer, test, as_user=dict(zip(users, users[1:] + users[:1], strict=True)))
-    unknown = evaluate_by_user(trainer, unseen).values()  # all that is known of them is the profile
-    names = {"with_profile": "eval_rewards/accuracies", "without": "eval_generic/rewards/accuracies"}
-    unseen_means = {key: mean(user[name] for user in unknown) for key, name in names.items()}
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
     vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
     vanilla_trainer.train()
-    vanilla = evaluate_by_user(vanilla_trainer, test)
+
+    column = "preference" if "preference" in test.column_names else None
+    controls = {"vanilla": vanilla_trainer, "preference_column": column}
+    evaluation = evaluate_trainer(trainer, test, **controls, prompts=prompts, answers=answers)
+    accuracy = evaluate_trainer(trainer, unknown).report.groups["unknown"].accuracy  # only their profiles are known
+    unknown_users = {"with_profile": accuracy["own"].value, "without": accuracy["generic"].value}
     if not trainer.is_world_process_zero():
         return
-    run = {**describe_run(), "seed": seed, "wall_seconds": round(time.time() - start, 1), "unseen_users": unseen_means}
-    summary = summarize_users(test, own, swapped, vanilla, prompts, answers)
-    (output_dir / "results.json").write_text(json.dumps({**run, **summary}, indent=2))
-    plot_accuracy_by_user(output_dir / "accuracy_by_user.png", summary["users"])
-    console.print(users_table(summary), "Opposite: the soft prompt and the profile of another user.")
-    console.print("Unseen users:", unseen_means, answers_table(summary, 0, [*users[:3], GENERIC_USER]))
+    results = {**evaluation.to_dict(), "unknown_users": unknown_users}
+    run = {**results.pop("run"), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
+    (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
+    plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
+    console.print(evaluation.users_table(), "Swapped: the soft prompt and the profile of another user.")
+    console.print("Unknown users:", unknown_users, evaluation.answers_table(0, [*users[:3], None]))
+    console.print(evaluation.report.verdict)
     console.print(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
 
 

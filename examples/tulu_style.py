@@ -31,9 +31,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.data import load_psoups, make_style_preferences
 from trl_personal.data.psoups import STYLES, opposite_style
-from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user
-from trl_personal.evaluation.plots import plot_accuracy_by_user
-from trl_personal.evaluation.user_report import GENERIC_USER, answers_table, describe_run, summarize_users, users_table
+from trl_personal.evaluation import answers_by_user, evaluate_trainer
+from trl_personal.evaluation.plots import plot_report
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -120,23 +119,23 @@ def main(script_args, training_args, model_args):
     options = {"do_sample": True, **{name: getattr(script_args, name) for name in decoding}}
     batch_size = training_args.per_device_eval_batch_size
     answers = answers_by_user(trainer.model, tokenizer, prompts, [*users, None], batch_size, **options)
-    own = evaluate_by_user(trainer, test)
-    swapped = evaluate_by_user(trainer, test, as_user={user: opposite_style(user) for user in users})
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
     vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
     vanilla_trainer.train()
-    vanilla = evaluate_by_user(vanilla_trainer, test)
 
+    opposite = {user: opposite_style(user) for user in users}
+    controls = {"vanilla": vanilla_trainer, "opposite_users": opposite, "preference_column": "preference"}
+    evaluation = evaluate_trainer(trainer, test, **controls, prompts=prompts, answers=answers)
     if not trainer.is_world_process_zero():
         return
-    run = {**describe_run(), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
-    summary = summarize_users(test, own, swapped, vanilla, prompts, answers)
-    (output_dir / "results.json").write_text(json.dumps({**run, **summary}, indent=2))
-    plot_accuracy_by_user(output_dir / "accuracy_by_user.png", summary["users"])
-    console.print(users_table(summary), answers_table(summary, 0, users[:3]), answers_table(summary, 0, users[3:]))
-    console.print(answers_table(summary, 1, [*users[4:], GENERIC_USER]))
+    results = evaluation.to_dict()
+    run = {**results.pop("run"), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
+    (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
+    plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
+    console.print(evaluation.users_table(), *(evaluation.answers_table(0, part) for part in (users[:3], users[3:])))
+    console.print(evaluation.answers_table(1, [*users[4:], None]), evaluation.report.verdict)
     console.print(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
 
 

@@ -230,7 +230,7 @@ def simulate_differences(seed, num_users=12, pairs=60, taste=2.0, num_prompts=20
 
 
 def estimate(differences, users, prompts, seed=0):
-    return room.summarize_room(room.score_room(scale(differences), users, prompts, seed), users, prompts, seed)
+    return room.summarize_room(room.score_room(scale(differences), users, prompts, seed), users, prompts)
 
 
 @pytest.fixture

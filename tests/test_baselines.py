@@ -18,12 +18,12 @@ TEST = Dataset.from_list(
     [
         {"prompt": "the end", "chosen": " yes", "rejected": " no", "user_id": "ann"},
         {"prompt": "i like", "chosen": " cats", "rejected": " dogs", "user_id": "ann"},
-        {"prompt": "the end", "chosen": " yes", "rejected": " no", "user_id": "stranger"},
+        {"prompt": "the end", "chosen": " yes", "rejected": " no", "user_id": "zoe"},
     ]
 )
 
 
-def test_earlier_choices_leave_out_the_same_prompt_and_strangers():
+def test_earlier_choices_leave_out_the_same_prompt_and_unknown_users():
     rows = with_earlier_choices(TEST, TRAIN, "user_id", make_tokenizer(), max_length=100)
     assert rows["prompt"][:] == [
         "the story yes\n\ni like dogs\n\nthe end",
@@ -60,4 +60,4 @@ def test_too_many_users_for_an_adapter_each():
         check_baselines(["lora_per_user"], rows, "user_id")
     with pytest.raises(ValueError, match="need a `prompt` column"):
         check_baselines(["user_id_text"], rows.remove_columns("prompt"), "user_id")
-    check_baselines(["pooled"], rows.remove_columns("prompt"), "user_id")
+    check_baselines(["vanilla"], rows.remove_columns("prompt"), "user_id")

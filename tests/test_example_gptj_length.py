@@ -61,7 +61,7 @@ def test_the_whole_run_by_accelerate(tmp_path):
     own = [user["accuracy_own"] for user in users]
     assert min(own) >= 0.9
     assert sum(own) / len(own) >= 0.95
-    assert max(user["accuracy_swapped"] for user in users) <= 0.15
+    assert max(user["accuracy_opposite"] for user in users) <= 0.15
     assert results["vanilla_accuracy"] <= results["majority_share"] + 0.05
     longer, shorter = ([user["mean_generated_length"] for user in groups[name]] for name in ("longer", "shorter"))
     assert sum(longer) / 7 >= 2 * sum(shorter) / 3

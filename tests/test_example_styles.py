@@ -12,8 +12,6 @@ from conftest import ROOT, SHARED_DATA, load_example
 from trl import ModelConfig
 
 from trl_personal import PersonalizedDPOConfig
-from trl_personal.evaluation.plots import plot_accuracy_by_user
-from trl_personal.evaluation.user_report import summarize_users
 
 
 FEW_STEPS = ("--sft_steps", "2", "--max_steps", "2", "--num_prompts", "2", "--max_new_tokens", "4")
@@ -51,13 +49,16 @@ def test_a_few_steps_leave_every_file(tmp_path, name, num_users):
     assert (tmp_path / "out/accuracy_by_user.png").stat().st_size > 10_000
     assert (tmp_path / "out/user_model/users.json").is_file()
     assert (results["seed"], len(results["users"]), len(results["samples"])) == (5, num_users, 2)
+    accuracies = {f"accuracy_{scorer}" for scorer in ("own", "generic", "swapped", "vanilla")}
+    assert accuracies | {"mean_chosen_length", "empty_share"} <= results["users"][0].keys()
+    assert ("accuracy_opposite" in results["users"][0]) == (name == "tulu_style")
     assert set(results["versions"]) == {"trl_personal", "trl", "transformers", "peft", "torch"}
     assert "generic user" in printed.replace("generic  ", "generic user")
     config = json.loads((tmp_path / "out/user_model/user_model_config.json").read_text())
     if name == "prism_dialogue":
         assert (config["kind"], config["num_clusters"]) == ("cluster", 10)
         assert config["user_profile_template"] == "User profile: {profile}"
-        assert set(results["unseen_users"]) == {"with_profile", "without"}
+        assert set(results["unknown_users"]) == {"with_profile", "without"}
     else:
         assert results["majority_share"] == 0.5
         assert results["vanilla_accuracy"] == pytest.approx(0.5, abs=0.05)
@@ -84,31 +85,7 @@ def test_the_whole_style_run(tmp_path):
     assert len(own) == 6
     assert sum(own) / 6 >= 0.9
     assert min(own) >= 0.8
-    assert max(user["accuracy_swapped"] for user in results["users"]) <= 0.2
+    assert max(user["accuracy_opposite"] for user in results["users"]) <= 0.2
     assert 0.45 <= results["vanilla_accuracy"] <= 0.55
     words = {user["preference"]: user["mean_generated_length"] for user in results["users"]}
     assert words["detailed"] > 2 * words["short"]
-
-
-def test_summary_of_users_without_preferences_or_answers(preferences):
-    metrics = {
-        user: {"eval_rewards/accuracies": 0.5, "eval_generic/rewards/accuracies": 0.25} for user in ("ann", "bo")
-    }
-    chats = preferences.map(lambda row: {"chosen": [{"role": "assistant", "content": row["chosen"]}]})
-    answers = {"ann": ["yes no"], None: ["yes"]}
-    summary = summarize_users(chats, metrics, metrics, metrics, [[{"role": "user", "content": "why"}]], answers)
-    assert summary["majority_share"] is None
-    assert summary["samples"] == [{"prompt": "why", "answers": {"ann": "yes no", "generic user": "yes"}}]
-    ann, bo = summary["users"]
-    assert (ann["mean_generated_length"], ann["mean_chosen_length"]) == (2, 1)
-    assert "mean_generated_length" not in bo
-    assert summary["means"]["mean_generated_length"] == 2
-
-
-@pytest.mark.parametrize("num_users", [6, 1400])
-def test_picture_of_few_and_of_many_users(tmp_path, num_users):
-    row = {"preference": None, "accuracy_own": 0.9, "accuracy_generic": 0.5, "accuracy_swapped": 0.1}
-    plot_accuracy_by_user(tmp_path / "users.png", [{**row, "user_id": str(i)} for i in range(num_users)])
-    assert (tmp_path / "users.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="nobody to draw"):
-        plot_accuracy_by_user(tmp_path / "users.png", [])

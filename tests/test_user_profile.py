@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,9 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, render_user_profile
 from trl_personal.cli.app import main
-from trl_personal.evaluation.answers import answers_by_user, evaluate_by_user
-from trl_personal.evaluation.evaluate import evaluate_model
-from trl_personal.evaluation.user_report import GENERIC_USER
+from trl_personal.evaluation import answers_by_user, evaluate_model, score_pairs
+from trl_personal.evaluation.answers import GENERIC_USER
+from trl_personal.evaluation.scoring import with_row_numbers
 from trl_personal.models.saving import get_base_model
 from trl_personal.user_profile import insert_profile_ids
 
@@ -258,21 +259,29 @@ def test_plain_dpo_ignores_profiles_and_says_so(train, caplog):
     assert "user_prompt_ids" not in trainer.train_dataset.column_names
 
 
-def test_evaluation_with_another_user_swaps_the_profile_too(train, profiled):
-    trainer = train(trainer_kwargs={"eval_dataset": profiled})
+def test_swapped_and_opposite_take_the_other_users_profile_along(train, profiled):
+    vocab = ["ann", "zoe", "bo"]  # nothing is known of zoe, who has no row
+    blank_first = Dataset.from_list([{**profiled[1], "about": " "}, *profiled])
+    trainer = train(trainer_kwargs={"user_vocab": vocab, "eval_dataset": {"pairs": with_row_numbers(blank_first)}})
     disturb(trainer)
-    trainer.log_history = []
-    assert "eval_users/accuracy_swapped_soft_prompt" in trainer.evaluate()
-    swapped = evaluate_by_user(trainer, profiled, as_user={"ann": "bo", "bo": None})
-    for user_id, other in (("ann", "bo"), ("bo", None)):
-        rows = profiled.filter(lambda row, user_id=user_id: row["user_id"] == user_id)
-        rows = Dataset.from_list([{**row, "user_id": other, "about": PROFILES.get(other)} for row in rows])
-        expected = trainer.evaluate(rows)["eval_logps/chosen"]
-        assert swapped[user_id]["eval_logps/chosen"] == pytest.approx(expected, abs=1e-5)
-    own = evaluate_by_user(trainer, profiled)
-    assert own["ann"]["eval_logps/chosen"] != pytest.approx(swapped["ann"]["eval_logps/chosen"], abs=1e-3)
-    with pytest.raises(ValueError, match="has no row in `dataset`"):
-        evaluate_by_user(trainer, profiled, as_user={"ann": "nobody"})
+    assert "eval_users/accuracy_swapped_soft_prompt" in trainer.evaluate(profiled)
+    scored = score_pairs(trainer, blank_first, opposite_users={"ann": "bo", "bo": "ann"})
+    other = {"ann": "bo", "bo": "ann"}
+    swapped = [
+        {**row, "user_id": other[row["user_id"]], "about": PROFILES.get(other[row["user_id"]])} for row in blank_first
+    ]
+    expected = score_pairs(trainer, Dataset.from_list(swapped)).margins["own"]
+    np.testing.assert_allclose(scored.margins["swapped"], expected, atol=1e-5)
+    np.testing.assert_allclose(scored.margins["opposite"], expected, atol=1e-5)
+    prompt_alone = [{**row, "user_id": other[row["user_id"]]} for row in blank_first]
+    assert not np.allclose(expected, score_pairs(trainer, Dataset.from_list(prompt_alone)).margins["own"], atol=1e-3)
+    by_name = score_pairs(trainer, "pairs", opposite_users={"ann": "bo", "bo": "ann"})
+    for name in ("own", "generic", "swapped", "opposite"):
+        np.testing.assert_allclose(by_name.margins[name], scored.margins[name], atol=1e-5)
+    with pytest.raises(ValueError, match="have no row in the dataset, so that no profile is known .*'zoe'"):
+        score_pairs(trainer, profiled, opposite_users={"ann": "zoe", "bo": "ann"})
+    of_ann = score_pairs(trainer, profiled.filter(lambda row: row["user_id"] == "ann"))
+    assert list(of_ann.margins) == ["own", "generic"]  # no other user's profile is known
 
 
 @pytest.fixture

@@ -1,16 +1,15 @@
-"""Means of values that come in clusters, such as all pairs about one prompt, with intervals that know it."""
+"""
+Means of values that come in clusters, such as all pairs about one prompt, with intervals that do not take the values of a
+cluster for independent ones.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
-from .arrays import FloatArray
-
-
-NUM_RESAMPLES = 1000
-RESAMPLES_AT_ONCE = 2_000_000  # draws of a cluster that are held in memory
+from .arrays import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -38,28 +37,24 @@ class Interval:
 
 
 def cluster_mean(
-    values: ArrayLike,
-    clusters: ArrayLike,
-    weights: ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    values: ArrayLike, clusters: ArrayLike, weights: ArrayLike | None = None, *, confidence: float = 0.95
 ) -> Interval:
     """
-    Weighted mean of `values`, with an interval from resampling whole clusters.
+    Weighted mean of `values`, with an interval from the spread of whole clusters.
 
-    The interval is `mean ± t * se`: `se` is the standard deviation of the mean over the resamples, widened by
-    `sqrt(G / (G - 1))`, and `t` has `G - 1` degrees of freedom, one at least. `G` is the effective number of clusters,
-    `(sum m)^2 / sum m^2` for clusters of weight m. Percentiles of the resamples would be too narrow for few clusters.
+    The interval is `mean ± t * se`. With `r_g`, the sum over cluster g of weight times distance from the mean, the clustered
+    standard error is
+
+        se = sqrt(sum_g r_g^2) / sum of weights * sqrt(G / (G - 1))
+
+    and `t` has `G - 1` degrees of freedom, one at least. `G` is the effective number of clusters, `(sum m)^2 / sum m^2` for
+    clusters of weight m.
 
     Args:
-        values (`ArrayLike`): `(n,)`, any unit.
-        clusters (`ArrayLike`): `(n,)`, a number or text for the cluster of each value.
-        weights (`ArrayLike`, *optional*): `(n,)`, above zero; default: all the same.
+        values (`ArrayLike`): The values to average, `(n,)`, in any unit.
+        clusters (`ArrayLike`): The cluster of each value, `(n,)`, a number or text.
+        weights (`ArrayLike`, *optional*): The weight of each value, `(n,)`, above zero. By default all weigh the same.
         confidence (`float`, *optional*, defaults to `0.95`): How often the interval shall hold the true mean.
-        num_resamples (`int`, *optional*, defaults to `1000`): Draws of as many clusters as there are, with replacement.
-        seed (`int`, *optional*, defaults to `0`): Of the draws.
 
     Returns:
         [`Interval`] in the unit of the values. With a single cluster it is infinitely wide.
@@ -68,23 +63,17 @@ def cluster_mean(
         `ValueError`: if there are no values, not as many clusters, or values that are not numbers.
 
     ```python
-    >>> cluster_mean([1.0, 0.0, 1.0, 1.0], ["a", "a", "b", "c"]).value
-    0.75
+    >>> print(cluster_mean([1.0, 0.0, 1.0, 1.0], ["a", "a", "b", "c"]))
+    0.750 [-0.265, 1.765]
     ```
     """
-    mean, error, num_clusters = _mean_and_error(values, clusters, weights, num_resamples, seed)
+    mean, error, num_clusters = _mean_and_error(values, clusters, weights)
     half_width = _quantile(confidence, num_clusters) * error if num_clusters > 1 else np.inf
     return Interval(mean, mean - half_width, mean + half_width)
 
 
 def cluster_share(
-    values: ArrayLike,
-    clusters: ArrayLike,
-    weights: ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    values: ArrayLike, clusters: ArrayLike, weights: ArrayLike | None = None, *, confidence: float = 0.95
 ) -> Interval:
     """
     [`cluster_mean`] of values within 0 and 1, such as right or wrong, with an interval that stays there.
@@ -97,7 +86,7 @@ def cluster_share(
     1.000 [0.661, 1.000]
     ```
     """
-    share, error, num_clusters = _mean_and_error(values, clusters, weights, num_resamples, seed)
+    share, error, num_clusters = _mean_and_error(values, clusters, weights)
     if num_clusters <= 1:
         return Interval(share, 0.0, 1.0)
     most = float(np.size(values))
@@ -108,10 +97,8 @@ def cluster_share(
     return Interval(share, max(0.0, float(center - half_width)), min(1.0, float(center + half_width)))
 
 
-def _mean_and_error(
-    values: ArrayLike, clusters: ArrayLike, weights: ArrayLike | None, num_resamples: int, seed: int
-) -> tuple[float, float, float]:
-    """The weighted mean, its standard error, and the effective number of clusters."""
+def _mean_and_error(values: ArrayLike, clusters: ArrayLike, weights: ArrayLike | None) -> tuple[float, float, float]:
+    """The weighted mean, its clustered standard error, and the effective number of clusters."""
     numbers = np.asarray(values, dtype=np.float64)
     _, codes = np.unique(np.asarray(clusters), return_inverse=True)
     mass = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -122,27 +109,16 @@ def _mean_and_error(
     effective = float(masses.sum() ** 2 / (masses**2).sum())
     if effective <= 1 + 1e-9:
         return mean, np.inf, 1.0
-    error = _resampled_error(totals - mean * masses, masses, num_resamples, seed)
-    return mean, error * float(np.sqrt(effective / (effective - 1))), effective
-
-
-def _resampled_error(residuals: FloatArray, masses: FloatArray, num_resamples: int, seed: int) -> float:
-    """Standard deviation over the resamples of the mean; `residuals` and `masses` are `(num_clusters,)`."""
-    rng = np.random.default_rng(seed)
-    num_clusters = len(masses)
-    means = []
-    at_once = max(1, RESAMPLES_AT_ONCE // num_clusters)
-    for start in range(0, num_resamples, at_once):
-        drawn = rng.integers(num_clusters, size=(min(at_once, num_resamples - start), num_clusters))
-        means.append(residuals[drawn].sum(axis=1) / masses[drawn].sum(axis=1))
-    return float(np.concatenate(means).std())
+    residuals = totals - mean * masses
+    error = np.sqrt((residuals**2).sum()) / masses.sum()
+    return mean, float(error * np.sqrt(effective / (effective - 1))), effective
 
 
 def _quantile(confidence: float, num_clusters: float) -> float:
     return float(stdtrit(max(1.0, num_clusters - 1), (1 + confidence) / 2))
 
 
-def _check(values: FloatArray, clusters: NDArray[np.intp], weights: FloatArray) -> None:
+def _check(values: FloatArray, clusters: IntArray, weights: FloatArray) -> None:
     if values.ndim != 1 or values.shape != clusters.shape or values.shape != weights.shape:
         raise ValueError(
             "Values, clusters and weights must be lists of one length, found shapes "

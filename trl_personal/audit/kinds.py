@@ -51,7 +51,7 @@ def recommend(
         features (`NDArray`): Of [`scale`], `(n, num_features)`.
         users (`IntArray`): `(n,)`, from 0.
         prompts (`IntArray`): `(n,)`, from 0.
-        seed (`int`): Of folds and resamples.
+        seed (`int`): Random seed for the folds.
     """
     if not room.has_evidence:
         return Recommendation("none", _why_none(room), {})
@@ -65,11 +65,7 @@ def recommend(
     pairs = float(np.median(np.bincount(users)))
     few_users = room.num_users <= USERS_FOR_INDIVIDUAL and pairs >= PAIRS_FOR_INDIVIDUAL
     order = ("individual", "cluster", "low_rank") if few_users else ("cluster", "low_rank", "individual")
-    kind = next(
-        kind
-        for kind in order
-        if kind == best or cluster_mean(scores[best] - scores[kind], prompts, seed=seed).low <= 0
-    )
+    kind = next(kind for kind in order if kind == best or cluster_mean(scores[best] - scores[kind], prompts).low <= 0)
     return Recommendation(kind, _why(room, kind, best, pairs), accuracies)
 
 

@@ -85,7 +85,7 @@ def audit_preferences(
 
     The room is how much better rules of single users predict choices than one rule for everybody, on prompts that neither was
     learned or chosen on. Rules see simple features of the texts only (`text_features.FEATURES`: length, marks, vocabulary,
-    ...). It counts as evidence if the interval (prompts resampled) is above zero and the same estimate with shuffled ids is
+    ...). It counts as evidence if the interval (of whole prompts) is above zero and the same estimate with shuffled ids is
     hardly ever as large. No evidence is not a proof: a language model sees more than these features.
 
     Args:
@@ -95,7 +95,7 @@ def audit_preferences(
             whose pairs are counted only.
         split_column (`str`, *optional*): Column with the split of each row, if splits are not datasets of their own.
         min_pairs (`int`, *optional*, defaults to `20`): Users with fewer pairs count as having too few.
-        seed (`int`, *optional*, defaults to `0`): Of folds, shuffles and resamples.
+        seed (`int`, *optional*, defaults to `0`): Random seed for folds and shuffles.
 
     Returns:
         [`Audit`].
@@ -151,7 +151,7 @@ def _estimate(
         return None, None, Recommendation("none", reason, {})
     features = scale(differences)
     scores = score_room(features, users, prompts, seed)
-    room = summarize_room(scores, users, prompts, seed)
+    room = summarize_room(scores, users, prompts)
     return room, scores, recommend(room, features, users, prompts, seed)
 
 

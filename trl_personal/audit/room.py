@@ -13,7 +13,6 @@ from .rules import NestedCrossValidation, split_prompts
 NUM_FOLDS = 5
 MIN_PROMPTS = 3  # one to learn on, one to choose on, one to score on
 SIGNIFICANCE = 0.05
-NUM_RESAMPLES = 500
 REPEATS, FEW_PAIRS = 3, 10_000  # up to so many pairs, the luck of one partition into folds is averaged out
 SHUFFLES = (19, 99)  # at least, which makes a p-value of 0.05 possible, and at most
 SHUFFLED_PAIRS = 2_000_000  # pairs times shuffles, about
@@ -103,14 +102,14 @@ def score_room(features: NDArray[np.float32], users: IntArray, prompts: IntArray
     return RoomScores(pooled, personal, shuffled_gaps)
 
 
-def summarize_room(scores: RoomScores, users: IntArray, prompts: IntArray, seed: int) -> Room:
+def summarize_room(scores: RoomScores, users: IntArray, prompts: IntArray) -> Room:
     """Intervals, the p-value, and whether there is evidence of room."""
-    gap = cluster_mean(scores.personal - scores.pooled, prompts, num_resamples=NUM_RESAMPLES, seed=seed)
+    gap = cluster_mean(scores.personal - scores.pooled, prompts)
     at_least = int((scores.shuffled_gaps >= gap.value - 1e-9).sum())
     p_value = (at_least + 1) / (len(scores.shuffled_gaps) + 1)
     return Room(
-        pooled_accuracy=cluster_share(scores.pooled, prompts, num_resamples=NUM_RESAMPLES, seed=seed),
-        personal_accuracy=cluster_share(scores.personal, prompts, num_resamples=NUM_RESAMPLES, seed=seed),
+        pooled_accuracy=cluster_share(scores.pooled, prompts),
+        personal_accuracy=cluster_share(scores.personal, prompts),
         gap=gap,
         shuffled_gaps=tuple(sorted(scores.shuffled_gaps.tolist())),
         p_value=p_value,

@@ -103,7 +103,7 @@ def make_eval_parser() -> ArgumentParser:
     data.add_argument(
         "--opposite_column",
         metavar="NAME",
-        help="column with a preference of each user: the swapped prompt is that of a user of another preference",
+        help="column with the preference of each user: pairs are scored with the prompt of an opposite user too",
     )
     _add_baseline_options(parser)
     answers = parser.add_argument_group("answers")
@@ -119,7 +119,7 @@ def make_eval_parser() -> ArgumentParser:
     parser.add_argument("--output_dir", metavar="FOLDER", help="for tables and pictures; default: MODEL/evaluation")
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of resamples and sampling; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampled answers; default: 0")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -130,16 +130,16 @@ def _add_baseline_options(parser: ArgumentParser) -> None:
         "--ref_model", metavar="MODEL", help="what the training started from; needed if MODEL is no adapter"
     )
     group.add_argument(
-        "--pooled", metavar="FOLDER", help="vanilla DPO on all users, trained before (user_model_kind none)"
+        "--vanilla", metavar="FOLDER", help="vanilla DPO on all users, trained before (user_model_kind none)"
     )
     group.add_argument(
         "--baselines",
         default="",
         metavar="A,B,...",
-        help="to train now, from the pairs of --train_dataset: pooled, user_id_text, in_context, lora_per_user",
+        help="to train now, from the pairs of --train_dataset: vanilla, user_id_text, in_context, lora_per_user",
     )
     group.add_argument(
-        "--max_steps", type=_positive, metavar="N", help="of each baseline; default: as in the training"
+        "--max_steps", type=_positive, metavar="N", help="training steps of each baseline; default: as in the training"
     )
 
 
@@ -182,7 +182,7 @@ def _add_generation_options(parser: ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token, without sampling")
     group.add_argument("--top_p", type=float, metavar="P")
     group.add_argument("--repetition_penalty", type=float, metavar="R")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default: 0")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling; default: 0")
     group.add_argument("--batch_size", type=_positive, default=8, metavar="N", help="rows at a time; default: 8")
     group.add_argument(
         "--no_chat_template", action="store_true", help="give text as it is to a model that has a chat template"

@@ -12,8 +12,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_pr
 from rich.console import Console
 from trl import DatasetMixtureConfig, ScriptArguments
 
-from ..evaluation.evaluate import ModelEvaluation, evaluate_model
-from ..evaluation.report import personalization_table
+from ..evaluation import ModelEvaluation, evaluate_model, personalization_table
 from .model_folder import check_model_name
 from .preferences import Splits, load_preferences, select_split
 from .quantization import quantization_config
@@ -24,17 +23,17 @@ TEST = "test"
 
 def run_eval(arguments: Namespace) -> None:
     """Write the verdict and the table to the standard output, and all numbers and pictures to a folder."""
-    for name in (arguments.model, arguments.pooled):
+    for name in (arguments.model, arguments.vanilla):
         if name is not None:
             check_model_name(name)
     splits = _load(arguments.dataset_name, arguments.dataset_config)
-    with redirect_stdout(sys.stderr), _bars() as hidden:  # progress is not what was asked for
+    with redirect_stdout(sys.stderr), _bars() as hidden:  # progress does not go where the result goes
         evaluation = evaluate_model(
             arguments.model,
             _test_split(splits, arguments.dataset_test_split),
             train_dataset=_train_split(splits, arguments),
             ref_model=arguments.ref_model,
-            pooled=arguments.pooled,
+            vanilla=arguments.vanilla,
             baselines=[name.strip() for name in arguments.baselines.split(",") if name.strip()],
             max_steps=arguments.max_steps,
             opposite_column=arguments.opposite_column,
@@ -122,4 +121,4 @@ def _write(evaluation: ModelEvaluation, arguments: Namespace) -> None:
             if drifts
             else "no known user"
         )
-        sys.stdout.write(f"Length of answers in words, own minus reference, mean of users: {text}.\n")
+        sys.stdout.write(f"Length of answers in words, the users' own minus the reference's, mean of users: {text}.\n")

@@ -16,8 +16,7 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import AutoPersonalizedModelForCausalLM
-from ..evaluation.answers import as_messages, encode_prompts, with_user_profiles
-from ..evaluation.trained_model import processor_name
+from ..serving.writer import Request, processor_name, text_of_last, write_answers
 from .model_folder import check_model_name
 from .quantization import quantization_config
 from .requests import Prompt, read_prompts, read_user_profiles, read_users
@@ -25,7 +24,7 @@ from .requests import Prompt, read_prompts, read_user_profiles, read_users
 
 @dataclass
 class Answer:
-    """One line of output. `user_id` is `None` for the generic user; `known` is whether the model has a row for the user."""
+    """One line of output. `user_id` is `None` for the generic user; `known` says whether the model has a row for the user."""
 
     user_id: str | None
     known: bool
@@ -85,26 +84,27 @@ def generate(
     user_profiles: Mapping[str, str | None],
     arguments: Namespace,
 ) -> Iterator[Answer]:
-    """The answers, prompt by prompt and user by user."""
-    options = generation_options(arguments) | {"pad_token_id": tokenizer.pad_token_id}
-    use_template = tokenizer.chat_template is not None and not arguments.no_chat_template
-    rows = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
-    as_asked = [(user_id, as_messages(prompt) if use_template else prompt) for user_id, prompt in rows]
-    texts = with_user_profiles(model, tokenizer, as_asked, user_profiles)
-    starts = range(0, len(rows), arguments.batch_size)
-    with _progress(len(starts), arguments) as progress:
-        for start in progress.track(starts, description="Generating"):
-            batch = rows[start : start + arguments.batch_size]
-            inputs = encode_prompts(tokenizer, texts[start : start + arguments.batch_size], use_template).to(
-                model.device
-            )
-            known = [user_id in model.user_vocab for user_id, _ in batch]
-            # who is unknown was said once; the model would say it in every batch
-            users = [user_id if is_known else None for (user_id, _), is_known in zip(batch, known, strict=True)]
-            outputs = model.generate(**inputs, user_ids=users, **options)
-            written = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for (user_id, prompt), is_known, text in zip(batch, known, written, strict=True):
-                yield Answer(user_id, is_known, prompt, text)
+    """The answers, prompt by prompt and user by user, as soon as their batch is written."""
+    asked = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
+    # who is unknown was said once; the model would say it in every batch, so it is asked for the generic user
+    requests = [
+        Request(user_id if user_id in model.user_vocab else None, prompt, user_profiles.get(user_id or ""))
+        for user_id, prompt in asked
+    ]
+    batches = write_answers(
+        model,
+        tokenizer,
+        requests,
+        arguments.batch_size,
+        use_template=tokenizer.chat_template is not None and not arguments.no_chat_template,
+        pad_token_id=tokenizer.pad_token_id,
+        **generation_options(arguments),
+    )
+    num_batches = -(-len(requests) // arguments.batch_size)
+    with _progress(num_batches, arguments) as progress:
+        written = (text for batch in progress.track(batches, num_batches, description="Generating") for text in batch)
+        for (user_id, prompt), text in zip(asked, written, strict=True):
+            yield Answer(user_id, user_id in model.user_vocab, prompt, text)
 
 
 def _progress(num_batches: int, arguments: Namespace) -> Progress:
@@ -117,7 +117,7 @@ def _progress(num_batches: int, arguments: Namespace) -> Progress:
 
 def generation_options(arguments: Namespace) -> dict[str, Any]:
     """
-    Options of `model.generate`: those that were set.
+    The options of `model.generate` that were set on the command line.
 
     ```python
     >>> options = Namespace(max_new_tokens=9, do_sample=False, temperature=0.0, top_p=None, repetition_penalty=None)
@@ -141,8 +141,9 @@ def as_table(answers: Sequence[Answer]) -> Table:
     table = Table("user", "prompt", "answer")
     for index, answer in enumerate(answers):
         last = index + 1 == len(answers) or answers[index + 1].prompt is not answer.prompt
-        prompt = answer.prompt if isinstance(answer.prompt, str) else answer.prompt[-1]["content"]
-        table.add_row(_user_cell(answer), Text(prompt), Text(answer.text.strip()), end_section=last)
+        table.add_row(
+            _user_cell(answer), Text(text_of_last(answer.prompt)), Text(answer.text.strip()), end_section=last
+        )
     return table
 
 

@@ -1,81 +1,24 @@
-"""A closer look at users, one at a time: the trainer's evaluation of each, and answers of all to the same prompts."""
+"""Answers of all users to the same prompts: how long they are, how varied, and whether a judge prefers them to others."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, TypeAlias
 
-from datasets import Dataset
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.attach import is_personalized
-from ..models.saving import get_base_model
-from ..user_profile import Prompt, render_user_profile, require_template
+from ..intervals import Interval, cluster_share
+from ..serving.writer import Request, write_answers
+from ..user_profile import Prompt
 from ..users import UserId
 
 
-def evaluate_by_user(
-    trainer: Trainer,
-    dataset: Dataset,
-    as_user: Mapping[str, str | None] | None = None,
-    user_id_column: str = "user_id",
-    description: str = "Evaluating users",
-) -> dict[str, dict[str, float]]:
-    """
-    `trainer.evaluate` on the rows of one user at a time.
-
-    Args:
-        trainer ([`PersonalizedDPOTrainer`]): With users or without.
-        dataset (`Dataset`): Rows of several users, as for `evaluate`.
-        as_user (`Mapping`, *optional*): Score a user's rows with the soft prompt of the user given here (`None`: the generic
-            user's). Users who are not in it keep their own. With `user_profile_column`, the profile is that user's too: the
-            first one in `dataset` (`None`: no profile).
-        user_id_column (`str`, *optional*, defaults to `"user_id"`): Column with the user of each pair.
-        description (`str`, *optional*): Shown beside the progress bar.
-
-    Returns:
-        The metrics of each user of `dataset`, in order of first appearance, under the name in `dataset`. Shares are means over
-        batches: exact if a user's rows fill batches evenly or are a single one.
-
-    Raises:
-        `ValueError`: if a user in `as_user` needs a profile and has no row in `dataset`.
-
-    ```python
-    own = evaluate_by_user(trainer, test)
-    swapped = evaluate_by_user(trainer, test, as_user={"ann": "bo", "bo": "ann"})
-    own["ann"]["eval_rewards/accuracies"], swapped["ann"]["eval_rewards/accuracies"]
-    ```
-    """
-    as_user = as_user or {}
-    profile_column: str | None = trainer.args.user_profile_column  # type: ignore[attr-defined]
-    bars = [bar for bar in map(trainer.pop_callback, (ProgressCallback, PrinterCallback)) if bar is not None]
-    positions: dict[str, list[int]] = {}
-    for position, user_id in enumerate(dataset[user_id_column]):
-        positions.setdefault(user_id, []).append(position)
-    metrics = {}
-    for user_id in track(positions, description, disable=bool(trainer.args.disable_tqdm), transient=True):
-        rows = dataset.select(positions[user_id]).remove_columns(user_id_column)
-        rows = rows.add_column(user_id_column, [as_user.get(user_id, user_id)] * len(rows))
-        if profile_column is not None and user_id in as_user:
-            profile = _profile_of(as_user[user_id], dataset, positions, profile_column)
-            rows = rows.remove_columns(profile_column).add_column(profile_column, [profile] * len(rows))
-        metrics[user_id] = trainer.evaluate(rows)
-    for bar in bars:
-        trainer.add_callback(bar)
-    return metrics
-
-
-def _profile_of(
-    user_id: str | None, dataset: Dataset, positions: Mapping[str, Sequence[int]], column: str
-) -> str | None:
-    if user_id is None:
-        return None
-    if user_id not in positions:
-        raise ValueError(
-            "A user in `as_user` has no row in `dataset`, so that no profile is known to go with the soft prompt. Pass users "
-            "of `dataset`, or `None` for the generic user."
-        )
-    return dataset[positions[user_id][0]][column]
+GENERIC_USER = "generic user"  # its name where a table or a file needs one
+TIE = -1
+# takes prompts, and two answers to each; gives 0 or 1 for the better one, -1 for a tie
+Judge: TypeAlias = Callable[[list[str], list[list[str]]], list[int]]
 
 
 def answers_by_user(
@@ -89,94 +32,40 @@ def answers_by_user(
     **generate_kwargs: Any,
 ) -> dict[UserId, list[str]]:
     """
-    An answer to every prompt for every user, generated in left-padded batches that mix users and prompts.
+    Generate an answer to every prompt for every user.
 
     Args:
-        model: With a user model attached; a plain one writes for `user_ids=[None]`.
-        tokenizer: Padded on the left here, whatever its own side; the next tokens are decoded without special tokens.
+        model: A language model with a user model attached; a plain one writes for `user_ids=[None]`.
+        tokenizer: The model's tokenizer. It pads on the left here, whatever its own side.
         prompts (`Sequence`): Texts, or conversations for the chat template; the same for all users.
-        user_ids (`Sequence`): Users; `None` is the generic one.
-        batch_size (`int`, *optional*, defaults to `32`): Rows generated at once.
-        description (`str`, *optional*): Shown beside the progress bar.
+        user_ids (`Sequence`): The users; `None` is the generic one.
+        batch_size (`int`, *optional*, defaults to `32`): The number of answers that are generated at once.
+        description (`str`, *optional*): The text beside the progress bar.
         user_profiles (`Mapping`, *optional*): Text about users, put into their prompts as in training; users who are not in
             it have none.
-        **generate_kwargs: Of `model.generate`.
+        **generate_kwargs: Keywords of `model.generate`, such as `max_new_tokens`.
 
     Returns:
         For each user the answers, in the order of `prompts`.
 
     Raises:
         `ValueError`: for profiles, if the model was trained without them.
-    """
-    rows = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
-    texts = with_user_profiles(model, tokenizer, rows, user_profiles or {})
-    use_template = not all(isinstance(prompt, str) for prompt in prompts)
-    answers: dict[UserId, list[str]] = {user_id: [] for user_id in user_ids}
-    model.eval()
-    generate: Any = model.generate
-    for start in track(range(0, len(rows), batch_size), description, transient=True):
-        users = [user_id for user_id, _ in rows[start : start + batch_size]]
-        inputs = encode_prompts(tokenizer, texts[start : start + batch_size], use_template)
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        of_users = {"user_ids": users} if is_personalized(model) else {}
-        outputs = generate(**inputs, **of_users, **generate_kwargs)
-        written = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for user_id, text in zip(users, written, strict=True):
-            answers[user_id].append(text)
-    return answers
-
-
-def with_user_profiles(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[UserId, Prompt]],
-    user_profiles: Mapping[Any, str | None],
-) -> list[Prompt]:
-    """
-    The prompts of `rows`, each with the profile of its user, if there is one, as the model was trained to read it.
-
-    Raises:
-        `ValueError`: if there are profiles and the model was trained without.
-    """
-    if not user_profiles:
-        return [prompt for _, prompt in rows]
-    template = require_template(get_base_model(model).user_profile_template)
-    bos_token = tokenizer.bos_token
-    return [render_user_profile(prompt, user_profiles.get(user_id), template, bos_token) for user_id, prompt in rows]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], use_template: bool) -> Any:
-    """
-    A batch of prompts, padded on the left. With `use_template`, plain text becomes the first message of a conversation.
-
-    Raises:
-        `ValueError`: if a prompt is a conversation and there is no chat template.
-    """
-    options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if not use_template:
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(
-                "A prompt is a list of messages, which needs a chat template, but the tokenizer has none, or "
-                "--no_chat_template is set. Give the prompts as text."
-            )
-        return tokenizer(list(prompts), **options)
-    texts = [
-        tokenizer.apply_chat_template(as_messages(prompt), add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
-    ]
-    return tokenizer(texts, **options, add_special_tokens=False)  # the template has them
-
-
-def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """
-    A prompt as a conversation.
 
     ```python
-    >>> as_messages("Why?")
-    [{'role': 'user', 'content': 'Why?'}]
+    answers = answers_by_user(model, tokenizer, ["Why is the sky blue?"], ["alice", "bob", None], max_new_tokens=64)
+    answers["alice"][0], answers[None][0]
     ```
     """
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    profiles = user_profiles or {}
+    requests = [Request(user_id, prompt, profiles.get(user_id)) for prompt in prompts for user_id in user_ids]
+    use_template = not all(isinstance(prompt, str) for prompt in prompts)
+    batches = write_answers(model, tokenizer, requests, batch_size, use_template, **generate_kwargs)
+    num_batches = -(-len(requests) // batch_size)
+    written = [text for batch in track(batches, description, num_batches, transient=True) for text in batch]
+    answers: dict[UserId, list[str]] = {user_id: [] for user_id in user_ids}
+    for request, text in zip(requests, written, strict=True):
+        answers[request.user_id].append(text)
+    return answers
 
 
 def opposite_users(preferences: Mapping[str, str]) -> dict[str, str]:
@@ -201,3 +90,161 @@ def opposite_users(preferences: Mapping[str, str]) -> dict[str, str]:
         opposite[user_id] = others[turns[preference] % len(others)]
         turns[preference] += 1
     return opposite
+
+
+# --- What answers are like ----------------------------------------------------------------------------------------------
+
+
+def count_words(text: str) -> int:
+    """
+    The number of words of a text, between spaces.
+
+    ```python
+    >>> count_words("Why is it blue?")
+    4
+    ```
+    """
+    return len(text.split())
+
+
+def distinct_n(answers: Sequence[str], n: int) -> float | None:
+    """
+    The number of distinct n-grams of words among all n-grams of some answers (Li et al. 2016), as a share; `None` if no answer
+    has `n` words.
+
+    ```python
+    >>> distinct_n(["a b a b", "a b"], 2)
+    0.5
+    ```
+    """
+    grams = [
+        tuple(words[i : i + n]) for words in (answer.split() for answer in answers) for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def summarize_answers(
+    answers: Mapping[UserId, Sequence[str]], reference: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """
+    Describe the answers of each user by a few numbers.
+
+    Args:
+        answers (`Mapping`): The answers of each user, as from [`answers_by_user`].
+        reference (`Sequence[str]`, *optional*): The reference policy's answers to the same prompts.
+
+    Returns:
+        A row for each user with `user_id`, `mean_generated_length` (in words), `length_drift` (that length minus the reference
+        policy's, `None` without it), `distinct_1` and `distinct_2` ([`distinct_n`]), `empty_share`, and `generated_lengths`.
+
+    ```python
+    >>> row = summarize_answers({"ann": ["yes", "no no no"]}, reference=["one two three", "four"])[0]
+    >>> row["mean_generated_length"], row["length_drift"], row["distinct_1"]
+    (2, 0, 0.5)
+    ```
+    """
+    expected = None if reference is None else mean(map(count_words, reference))
+    rows = []
+    for user_id, texts in answers.items():
+        lengths = [count_words(text) for text in texts]
+        rows.append(
+            {
+                "user_id": user_id,
+                "mean_generated_length": mean(lengths),
+                "length_drift": None if expected is None else mean(lengths) - expected,
+                "distinct_1": distinct_n(texts, 1),
+                "distinct_2": distinct_n(texts, 2),
+                "empty_share": mean(length == 0 for length in lengths),
+                "generated_lengths": lengths,
+            }
+        )
+    return rows
+
+
+# --- Which answers a judge prefers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """
+    How a user's answers do against others to the same prompts.
+
+    Args:
+        wins, losses, ties (`int`): The number of prompts with each outcome. A judge who changes its mind with the order of the
+            answers gave a tie.
+        rate (`Interval`): The share of wins, where a tie counts as half a win.
+    """
+
+    wins: int
+    losses: int
+    ties: int
+    rate: Interval
+
+
+def judge_both_ways(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[int]:
+    """
+    Ask which answer is better, twice with their positions exchanged: 0 (`first`) or 1 (`second`) where both judgements agree,
+    else -1, a tie.
+
+    Raises:
+        `ValueError`: if the judge gives another number of judgements than prompts, or one that is not 0, 1 or -1.
+
+    ```python
+    >>> longer = lambda prompts, pairs: [int(len(b) > len(a)) for a, b in pairs]  # of two as long ones, the one in front
+    >>> judge_both_ways(longer, ["p", "p", "p"], ["aa", "a", "a"], ["b", "bb", "b"])
+    [0, 1, -1]
+    ```
+    """
+    straight = _ask(judge, prompts, first, second)
+    exchanged = [TIE if verdict == TIE else 1 - verdict for verdict in _ask(judge, prompts, second, first)]
+    return [a if a == b else TIE for a, b in zip(straight, exchanged, strict=True)]
+
+
+def win_rates(
+    judge: Judge,
+    prompts: Sequence[str],
+    answers: Mapping[UserId, Sequence[str]],
+    others: Mapping[UserId, Sequence[str]] | Sequence[str],
+    confidence: float = 0.95,
+) -> dict[UserId, WinRate]:
+    """
+    How often a judge prefers each user's answers to others, such as the generic user's. The judge gets the prompts of
+    one user at a time, in the order of `answers`.
+
+    Args:
+        judge (`Callable`): A function `judge(prompts, pairs) -> list[int]` that gives for each prompt and its two answers 0 or
+            1, the better one, or -1 for a tie.
+        prompts (`Sequence[str]`): The prompts that all users have answered.
+        answers (`Mapping`): The answers of each user, as from [`answers_by_user`].
+        others (`Mapping` or `Sequence[str]`): The answers to compete with, for each user or the same for all.
+        confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true rate.
+
+    ```python
+    >>> longer = lambda prompts, pairs: [int(len(b) > len(a)) for a, b in pairs]
+    >>> rates = win_rates(longer, ["p", "q"], {"ann": ["long", "longer"]}, ["no", "yes"])
+    >>> rates["ann"].wins, rates["ann"].rate.value
+    (2, 1.0)
+    ```
+    """
+    rates = {}
+    for user_id, texts in answers.items():
+        opponents = others[user_id] if isinstance(others, Mapping) else others
+        verdicts = judge_both_ways(judge, prompts, texts, opponents)
+        points = [{0: 1.0, 1: 0.0, TIE: 0.5}[verdict] for verdict in verdicts]
+        rates[user_id] = WinRate(
+            wins=verdicts.count(0),
+            losses=verdicts.count(1),
+            ties=verdicts.count(TIE),
+            rate=cluster_share(points, list(prompts), confidence=confidence),
+        )
+    return rates
+
+
+def _ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[int]:
+    verdicts = judge(list(prompts), [[a, b] for a, b in zip(first, second, strict=True)])
+    if len(verdicts) != len(prompts) or not set(verdicts) <= {0, 1, TIE}:
+        raise ValueError(
+            f"The judge must give 0, 1 or -1 for each of {len(prompts)} prompts, found {len(verdicts)} judgements: "
+            f"{sorted(set(verdicts))[:5]}."
+        )
+    return list(verdicts)

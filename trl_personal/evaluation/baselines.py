@@ -1,4 +1,4 @@
-"""What personalized DPO has to beat, trained with as many steps: pooled DPO, and other ways to personalize."""
+"""What personalized DPO is compared with, trained for as many steps: vanilla DPO, and other ways to personalize."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from numpy.typing import NDArray
 from peft import LoraConfig, PeftConfig
 from rich.progress import track
 from transformers import AutoProcessor, PrinterCallback
 
-from .. import PersonalizedDPOConfig, PersonalizedDPOTrainer
+from ..arrays import FloatArray
 from ..models.loading import is_adapter
+from ..training.config import PersonalizedDPOConfig
+from ..training.dpo import PersonalizedDPOTrainer
 from ..user_column import iterate_user_ids
-from .saved_settings import SCORING, TRAINING
 from .scoring import ScoredPairs, score_pairs
-from .trained_model import machine_settings
+from .trained_model import SCORING, TRAINING, machine_settings
 
 
-BASELINES = ("pooled", "user_id_text", "in_context", "lora_per_user")
-MAX_LORA_USERS = 20  # more take long, and their adapters room
-NUM_CHOICES = 3  # of a user's earlier ones in the prompt
+BASELINES = ("vanilla", "user_id_text", "in_context", "lora_per_user")
+MAX_LORA_USERS = 20  # an adapter for each of more users would take long to train
+NUM_CHOICES = 3  # how many of a user's earlier choices are shown in the prompt
 Row = dict[str, Any]
 
 
@@ -41,7 +41,7 @@ def check_baselines(names: Sequence[str], train: Dataset | None, user_id_column:
         return
     if train is None:
         raise ValueError("Baselines are trained, so they need the training pairs: give them with `--train_dataset`.")
-    if names != ["pooled"] and "prompt" not in train.column_names:
+    if names != ["vanilla"] and "prompt" not in train.column_names:
         raise ValueError(
             f"Baselines with users in the prompt need a `prompt` column; found {sorted(train.column_names)}."
         )
@@ -66,18 +66,18 @@ def train_without_users(
     **model_kwargs: Any,
 ) -> PersonalizedDPOTrainer:
     """
-    Vanilla DPO on `train`.
+    Train vanilla DPO on `train`.
 
     Args:
-        base_model (`str`): What the training starts from, and its reference.
-        train (`Dataset`): Pairs; users in it do not count.
-        settings (`Mapping`): From [`~evaluation.saved_settings.read_training_settings`].
-        peft_config (`PeftConfig`, *optional*): Of the adapter to train; `None` trains all weights.
-        processor (`str`, *optional*): Where the tokenizer is; default: with the base model.
-        max_steps (`int`, *optional*): Instead of those in `settings`.
-        batch_size (`int`, *optional*, defaults to `8`): Pairs to score at a time.
-        disable_tqdm (`bool`, *optional*): No progress bars.
-        **model_kwargs: Of `from_pretrained`, such as `dtype`.
+        base_model (`str`): The model that the training starts from; it is the reference too.
+        train (`Dataset`): The pairs to train on, whoever they belong to.
+        settings (`Mapping`): Settings as from [`~evaluation.trained_model.read_training_settings`].
+        peft_config (`PeftConfig`, *optional*): The adapter to train; `None` trains all weights.
+        processor (`str`, *optional*): Where the tokenizer is. By default it is with the base model.
+        max_steps (`int`, *optional*): The number of steps, in place of the one in `settings`.
+        batch_size (`int`, *optional*, defaults to `8`): The number of pairs that are scored at once.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to show no progress bars.
+        **model_kwargs: Keywords of `from_pretrained`, such as `dtype`.
     """
     kept = {name: value for name, value in settings.items() if name in (*SCORING, *TRAINING)}
     args = PersonalizedDPOConfig(
@@ -182,19 +182,19 @@ def _num_tokens(processor: Any, prompt: Any, answer: Any) -> int:
 
 
 def score_in_context(
-    pooled: PersonalizedDPOTrainer,
+    vanilla: PersonalizedDPOTrainer,
     dataset: Dataset,
     train: Dataset,
     user_id_column: str,
     num_choices: int = NUM_CHOICES,
 ) -> ScoredPairs:
-    """Score with pooled DPO the prompts that [`with_earlier_choices`] makes; rows may be `num_choices` times longer."""
-    positions = getattr(pooled.model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = (pooled.args.max_length or 10**6) * (1 + num_choices)
+    """Score with vanilla DPO the prompts that [`with_earlier_choices`] makes; rows may be `num_choices` times longer."""
+    positions = getattr(vanilla.model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = (vanilla.args.max_length or 10**6) * (1 + num_choices)
     max_length = min(max_length, positions or max_length)
-    rows = with_earlier_choices(dataset, train, user_id_column, pooled.processing_class, max_length, num_choices)
-    with _longer_rows(pooled, max_length):
-        return score_pairs(pooled, rows)
+    rows = with_earlier_choices(dataset, train, user_id_column, vanilla.processing_class, max_length, num_choices)
+    with _longer_rows(vanilla, max_length):
+        return score_pairs(vanilla, rows)
 
 
 @contextmanager
@@ -214,34 +214,35 @@ def score_lora_per_user(
     train: Dataset,
     settings: Mapping[str, Any],
     peft_config: PeftConfig | None,
-    strangers: NDArray[np.float64],
+    of_unknown: FloatArray,
     *,
     max_steps: int | None = None,
     disable_tqdm: bool = False,
     **train_kwargs: Any,
-) -> NDArray[np.float64]:
+) -> FloatArray:
     """
     Margins `(len(dataset),)` of one adapter for each user, trained on that user's pairs by vanilla DPO.
 
-    All users together take as many steps as the others: each a part of `max_steps` (or the same epochs over fewer pairs).
+    All users together take as many steps as the other baselines: each a part of `max_steps`, or the same number of epochs over
+    fewer pairs.
 
     Args:
-        base_model (`str`): As for [`train_without_users`].
-        dataset (`Dataset`): Pairs to score.
-        train (`Dataset`): Pairs to train on.
-        settings (`Mapping`): As for [`train_without_users`].
-        peft_config (`PeftConfig`, *optional*): Of each adapter; default: LoRA on all linear layers.
-        strangers (`NDArray`): `(len(dataset),)`, margins for users without training pairs, such as pooled DPO's. Rows that a
-            trainer leaves out have NaN.
-        max_steps (`int`, *optional*): Instead of those in `settings`.
-        disable_tqdm (`bool`, *optional*): No progress bars.
-        **train_kwargs: Of [`train_without_users`].
+        base_model (`str`): The model that each training starts from; it is the reference too.
+        dataset (`Dataset`): The pairs to score.
+        train (`Dataset`): The pairs to train on.
+        settings (`Mapping`): Settings as from [`~evaluation.trained_model.read_training_settings`].
+        peft_config (`PeftConfig`, *optional*): The adapter of each user. By default LoRA on all linear layers.
+        of_unknown (`NDArray`): The margins `(len(dataset),)` that users without training pairs get, such as those of vanilla
+            DPO. Rows that a trainer leaves out have NaN.
+        max_steps (`int`, *optional*): The number of steps of all users together, in place of the one in `settings`.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to show no progress bars.
+        **train_kwargs: More keywords of [`train_without_users`].
     """
     column = settings.get("user_id_column", "user_id")
     steps = settings.get("max_steps", -1) if max_steps is None else max_steps
     train_users = np.array(list(iterate_user_ids(train, column, "train")), dtype=object)
     users = np.array(list(iterate_user_ids(dataset, column, "evaluation")), dtype=object)
-    margins = strangers.copy()
+    margins = of_unknown.copy()
     known = [user for user in dict.fromkeys(users) if user is not None and user in set(train_users)]
     for user in track(known, "A LoRA for each user", disable=disable_tqdm, transient=True):
         own = np.flatnonzero(train_users == user)

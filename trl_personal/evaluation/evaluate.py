@@ -1,8 +1,10 @@
-"""A trained folder on held-out pairs: who gains, against which baselines, and how answers change."""
+"""A trained model on held-out pairs: who gains, against which baselines, and how answers change."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,13 @@ from ..arrays import FloatArray
 from ..models.attach import detach_user_model
 from ..models.loading import find_user_model
 from ..models.saving import get_base_model
+from ..serving.writer import processor_name, text_of_last
+from ..training.dpo import PersonalizedDPOTrainer
 from ..user_column import check_user_column, iterate_user_ids
-from ..users import UserId
-from .answers import answers_by_user, opposite_users
+from ..user_models import UserModel
+from ..user_profile import Prompt
+from ..users import UserId, UserVocab
+from .answers import GENERIC_USER, answers_by_user, count_words, opposite_users, summarize_answers
 from .baselines import (
     adapter_config,
     check_baselines,
@@ -25,16 +31,93 @@ from .baselines import (
     train_without_users,
     with_user_id_text,
 )
-from .generation_report import summarize_answers
-from .results import ModelEvaluation
-from .saved_settings import read_log_history, read_training_settings
-from .scoring import score_pairs
-from .trained_model import make_scoring_trainer, processor_name
-from .user_report import GENERIC_USER, describe_run
+from .results import ModelEvaluation, describe_run
+from .scoring import ScoredPairs, first_profiles, score_pairs
+from .trained_model import PAIRS, make_scoring_trainer, read_log_history, read_training_settings
 from .verdict import evaluate_margins
 
 
-GIVEN_ROW = "given_row"  # rides along while the trainer prepares the dataset
+DIMENSION = "dimension"  # a column with the conflict that a pair is about, where users conflict within groups only
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Answers of users to `prompts`, and those of the reference if it was asked."""
+
+    prompts: Sequence[Prompt] = ()
+    of_users: Mapping[UserId, Sequence[str]] | None = None
+    of_reference: Sequence[str] | None = None
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        for i, prompt in enumerate(self.prompts):
+            sample: dict[str, Any] = {"prompt": text_of_last(prompt)}
+            if self.of_reference is not None:
+                sample["reference"] = self.of_reference[i]
+            texts = {user or GENERIC_USER: answers[i] for user, answers in (self.of_users or {}).items()}
+            yield sample | {"answers": texts}
+
+
+def evaluate_trainer(
+    trainer: PersonalizedDPOTrainer,
+    dataset: Dataset,
+    *,
+    vanilla: PersonalizedDPOTrainer | None = None,
+    opposite_users: Mapping[str, str] | None = None,
+    preference_column: str | None = None,
+    prompts: Sequence[Prompt] = (),
+    answers: Mapping[UserId, Sequence[str]] | None = None,
+    confidence: float = 0.95,
+) -> ModelEvaluation:
+    """
+    Evaluate a trainer that has just trained on held-out pairs.
+
+    Args:
+        trainer ([`PersonalizedDPOTrainer`]): A trainer with users.
+        dataset (`Dataset`): The held-out pairs, with users.
+        vanilla ([`PersonalizedDPOTrainer`], *optional*): A trainer that trained vanilla DPO on the same pairs.
+        opposite_users (`Mapping[str, str]`, *optional*): For each known user of `dataset` a user on the other side of the same
+            conflict, as for [`score_pairs`].
+        preference_column (`str`, *optional*): The column of `dataset` that says what the user of a row prefers.
+        prompts (`Sequence`, *optional*): The prompts that users have answers to.
+        answers (`Mapping`, *optional*): For each user the answers, as from [`answers_by_user`].
+        confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true mean.
+
+    Returns:
+        [`ModelEvaluation`].
+
+    Raises:
+        `ValueError`: if there is no `preference_column`, or as [`score_pairs`].
+
+    ```python
+    evaluation = evaluate_trainer(trainer, test, vanilla=vanilla_trainer)
+    print(evaluation.report.verdict)
+    evaluation.save("evaluation")
+    ```
+    """
+    column = trainer.args.user_id_column
+    check_user_column(dataset, column, "evaluation")
+    preferences = _values_by_user(dataset, column, preference_column)
+    scored = score_pairs(trainer, dataset, opposite_users)
+    margins = {name: scored.by_row(name, len(dataset)) for name in scored.margins}
+    if vanilla is not None:
+        margins["vanilla"] = score_pairs(vanilla, dataset).by_row("own", len(dataset))
+    assert trainer.user_model is not None
+    assert trainer.user_vocab is not None
+    return _evaluation(
+        dataset,
+        column,
+        scored,
+        margins,
+        _Answers(prompts, answers),
+        user_model=trainer.user_model,
+        user_vocab=trainer.user_vocab,
+        preferences=preferences,
+        preference_column=preference_column or "",
+        beta=trainer.args.beta,
+        confidence=confidence,
+        log_history=trainer.state.log_history,
+        run=describe_run(),
+    )
 
 
 def evaluate_model(
@@ -43,7 +126,7 @@ def evaluate_model(
     *,
     train_dataset: Dataset | None = None,
     ref_model: str | None = None,
-    pooled: str | None = None,
+    vanilla: str | None = None,
     baselines: Sequence[str] = (),
     max_steps: int | None = None,
     opposite_column: str | None = None,
@@ -57,34 +140,34 @@ def evaluate_model(
     **model_kwargs: Any,
 ) -> ModelEvaluation:
     """
-    Evaluate a folder that training wrote on held-out pairs.
+    Evaluate a model that training wrote on held-out pairs.
 
     Args:
         model (`str`): A folder or a repository, with a `user_model/`.
-        dataset (`Dataset`): Held-out pairs with users.
-        train_dataset (`Dataset`, *optional*): The pairs of the training, for baselines.
-        ref_model (`str`, *optional*): What the training started from; needed for a full model.
-        pooled (`str`, *optional*): A folder with vanilla DPO on all users, trained on the same pairs.
-        baselines (`Sequence[str]`, *optional*): Of `baselines.BASELINES`, to train now with as many steps; the pooled one is
-            trained for the others in any case, unless `pooled` is given.
-        max_steps (`int`, *optional*): Of a baseline, instead of those of the training.
-        opposite_column (`str`, *optional*): Column with the preference of each row's user: the swapped prompt is then that
-            of a user of another preference, and the map of users is colored by it. Default: the next known user.
-        settings (`Mapping`, *optional*): Settings such as `beta`, instead of those found in the folder.
-        num_generate (`int`, *optional*, defaults to `0`): Prompts of `dataset` that every known user gets an answer to, with
-            the user's first profile there if the training had profiles.
-        generate_kwargs (`Mapping`, *optional*): Of `model.generate`.
-        batch_size (`int`, *optional*, defaults to `8`): Pairs, or answers, at a time.
-        confidence (`float`, *optional*, defaults to `0.95`): Of the intervals.
-        seed (`int`, *optional*, defaults to `0`): Of the resamples and of sampling.
-        disable_tqdm (`bool`, *optional*): No progress bars.
-        **model_kwargs: Of `from_pretrained`, such as `dtype`.
+        dataset (`Dataset`): The held-out pairs, with users.
+        train_dataset (`Dataset`, *optional*): The pairs of the training, for baselines that are trained now.
+        ref_model (`str`, *optional*): The model that the training started from. A full model needs it.
+        vanilla (`str`, *optional*): A folder with vanilla DPO, trained before on the same pairs of all users.
+        baselines (`Sequence[str]`, *optional*): The names, out of `baselines.BASELINES`, of what to train now for as many
+            steps. Vanilla DPO is trained for the others in any case, unless `vanilla` is given.
+        max_steps (`int`, *optional*): Training steps of each baseline. Defaults to as many as the model was trained for.
+        opposite_column (`str`, *optional*): The column with the preference of each row's user. Pairs are then also scored with
+            the prompt of an opposite user, who has another preference, and the map of users is colored by it.
+        settings (`Mapping`, *optional*): Settings such as `beta`, in place of those found in the folder.
+        num_generate (`int`, *optional*, defaults to `0`): The number of prompts of `dataset` that every known user gets an
+            answer to, with the user's first profile there if the training had profiles.
+        generate_kwargs (`Mapping`, *optional*): Keywords of `model.generate`.
+        batch_size (`int`, *optional*, defaults to `8`): The number of pairs, or of answers, at a time.
+        confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true mean.
+        seed (`int`, *optional*, defaults to `0`): Random seed for sampled answers.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to show no progress bars.
+        **model_kwargs: Keywords of `from_pretrained`, such as `dtype`.
 
     Returns:
         [`ModelEvaluation`].
 
     Raises:
-        `ValueError`: for arguments that do not go together, or as loading and the trainer do.
+        `ValueError`: for arguments that do not go together, or whatever loading and the trainer refuse.
     """
     if find_user_model(model) is None:
         raise ValueError(f"{model} has no `user_model/` folder, so it is not a personalized model.")
@@ -93,80 +176,52 @@ def evaluate_model(
     check_user_column(dataset, column, "evaluation")
     if train_dataset is not None:
         check_user_column(train_dataset, column, "train")
-    if pooled is not None and "pooled" in baselines:
+    if vanilla is not None and "vanilla" in baselines:
         raise ValueError(
-            "Pooled DPO is either loaded (`--pooled`) or trained (in `--baselines`): leave one of them out."
+            "Vanilla DPO is either loaded (`--vanilla`) or trained (in `--baselines`): leave one of them out."
         )
     check_baselines(baselines, train_dataset, column)
-    values = _values_by_user(dataset, column, opposite_column)
+    preferences = _values_by_user(dataset, column, opposite_column)
     options = {"batch_size": batch_size, "disable_tqdm": disable_tqdm, **model_kwargs}
 
-    numbered = dataset.add_column(GIVEN_ROW, range(len(dataset)))
-    trainer = make_scoring_trainer(model, numbered, settings, ref_model=ref_model, **options)
+    trainer = make_scoring_trainer(model, dataset, settings, ref_model=ref_model, **options)
     assert trainer.user_vocab is not None
     assert trainer.user_model is not None
-    vocab, user_model, prepared = trainer.user_vocab, trainer.user_model, trainer.train_dataset
-    known_values = {user: value for user, value in values.items() if user in vocab}
-    assert isinstance(prepared, Dataset)
-    scored = score_pairs(trainer, prepared, opposite_users(known_values) if known_values else None)
-    answers: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
+    user_model, user_vocab = trainer.user_model, trainer.user_vocab
+    of_known = {user: value for user, value in preferences.items() if user in user_vocab}
+    scored = score_pairs(trainer, PAIRS, opposite_users(of_known) if of_known else None)
+    answers = _Answers()
     if num_generate:
         set_seed(seed)
-        answers, samples = _generate(trainer, dataset, column, num_generate, batch_size, dict(generate_kwargs or {}))
-    causal_lm = get_base_model(trainer.model)
-    base_model = ref_model or str(causal_lm.config.name_or_path)
-    processor = processor_name(model)
-    del trainer, causal_lm
+        answers = _write_answers(trainer, dataset, num_generate, batch_size, dict(generate_kwargs or {}))
+    base_model = ref_model or str(get_base_model(trainer.model).config.name_or_path)
+    del trainer  # baselines need the memory
 
-    rows = np.asarray(prepared[GIVEN_ROW], dtype=np.intp)[scored.rows]
-    scored = replace(scored, rows=rows)
     margins = {name: scored.by_row(name, len(dataset)) for name in scored.margins}
-    if pooled is not None or baselines:
-        train_options = {**options, "max_steps": max_steps, "processor": processor}
+    if vanilla is not None or baselines:
         margins |= _score_baselines(
             baselines,
-            pooled,
+            vanilla,
             base_model,
             dataset,
             train_dataset,
             settings,
             adapter_config(model),
             options,
-            train_options,
+            {**options, "max_steps": max_steps, "processor": processor_name(model)},
         )
-    kept = np.flatnonzero(np.all([np.isfinite(array) for array in margins.values()], axis=0))
-    user_ids = list(iterate_user_ids(dataset, column, "evaluation"))
-    place = {row: index for index, row in enumerate(rows.tolist())}
-    prompts = [scored.prompts[place[row]] for row in kept]
-    chosen, rejected = zip(*(scored.answers[place[row]] for row in kept), strict=True)
-    users = [user_ids[row] for row in kept]
-    kept_margins = {name: array[kept] for name, array in margins.items()}
-    named = {name: kept_margins[name] for name in ("swapped", "pooled") if name in kept_margins}
-    report = evaluate_margins(
-        kept_margins["own"],
-        kept_margins["generic"],
-        users,
-        prompts,
-        **named,
-        others={name: array for name, array in kept_margins.items() if name not in ("own", "generic", *named)},
-        known_users=set(vocab),
-        agrees_with_majority=_majority(prompts, chosen, rejected, users),
+    return _evaluation(
+        dataset,
+        column,
+        scored,
+        margins,
+        answers,
+        user_model=user_model,
+        user_vocab=user_vocab,
+        preferences=preferences,
+        preference_column=opposite_column or "",
         beta=settings.get("beta", 0.1),
         confidence=confidence,
-        seed=seed,
-    )
-    return ModelEvaluation(
-        report=report,
-        pairs=Dataset.from_dict({"row": kept.tolist(), "user_id": users, **kept_margins}),
-        num_dropped=len(dataset) - len(kept),
-        metrics=scored.metrics,
-        answers=answers,
-        samples=samples,
-        values=values,
-        column=opposite_column or "",
-        user_model=user_model,
-        user_vocab=vocab,
         log_history=read_log_history(model),
         run={
             **describe_run(),
@@ -178,27 +233,99 @@ def evaluate_model(
     )
 
 
-def _values_by_user(dataset: Dataset, column: str, opposite_column: str | None) -> dict[str, Any]:
-    if opposite_column is None:
+def _evaluation(
+    dataset: Dataset,
+    column: str,
+    scored: ScoredPairs,
+    margins: Mapping[str, FloatArray],
+    answers: _Answers,
+    *,
+    user_model: UserModel,
+    user_vocab: UserVocab,
+    preferences: Mapping[str, Any],
+    preference_column: str,
+    beta: float,
+    confidence: float,
+    log_history: list[dict[str, Any]],
+    run: dict[str, Any],
+) -> ModelEvaluation:
+    """The report and the tables of what was scored; `margins` are `(len(dataset),)`, NaN for rows that were left out."""
+    kept = np.flatnonzero(np.all([np.isfinite(array) for array in margins.values()], axis=0))
+    user_ids = list(iterate_user_ids(dataset, column, "evaluation"))
+    users = [user_ids[row] for row in kept]
+    place = {row: index for index, row in enumerate(scored.rows.tolist())}
+    prompts = [scored.prompts[place[row]] for row in kept]
+    chosen, rejected = zip(*(scored.answers[place[row]] for row in kept), strict=True)
+    comparisons, directions = compare(prompts, chosen, rejected)
+    of_pairs = {name: array[kept] for name, array in margins.items()}
+    named = {name: of_pairs[name] for name in ("own", "generic", "swapped", "opposite", "vanilla") if name in of_pairs}
+    report = evaluate_margins(
+        user_ids=users,
+        prompt_ids=prompts,
+        **named,
+        others={name: array for name, array in of_pairs.items() if name not in named},
+        known_users=set(user_vocab),
+        agrees_with_majority=majority_agreement(comparisons, directions, encode(users)[0]),
+        beta=beta,
+        confidence=confidence,
+    )
+    return ModelEvaluation(
+        report=report,
+        pairs=Dataset.from_dict({"row": kept.tolist(), "user_id": users, **of_pairs}),
+        num_dropped=len(dataset) - len(kept),
+        metrics=scored.metrics,
+        chosen_lengths=_chosen_lengths(dataset, user_ids),
+        preferences=preferences,
+        preference_column=preference_column,
+        majority_share=_majority_share(dataset, preference_column) if preference_column else None,
+        answers=summarize_answers(answers.of_users or {}, answers.of_reference),
+        samples=list(answers.samples()),
+        user_model=user_model,
+        user_vocab=user_vocab,
+        log_history=log_history,
+        run=run,
+    )
+
+
+def _values_by_user(dataset: Dataset, column: str, value_column: str | None) -> dict[str, Any]:
+    if value_column is None:
         return {}
-    if opposite_column not in dataset.column_names:
+    if value_column not in dataset.column_names:
         raise ValueError(
-            f"The evaluation dataset has no `{opposite_column}` column; found {sorted(dataset.column_names)}."
+            f"The evaluation dataset has no `{value_column}` column; found {sorted(dataset.column_names)}."
         )
-    pairs = zip(iterate_user_ids(dataset, column, "evaluation"), dataset[opposite_column], strict=True)
+    pairs = zip(iterate_user_ids(dataset, column, "evaluation"), dataset[value_column], strict=True)
     values: dict[str, Any] = {}
     for user, value in pairs:
         if user is not None and values.setdefault(user, value) != value:
             raise ValueError(
-                f"Column `{opposite_column}` has several values for one user ({values[user]!r} and {value!r}); it must have "
+                f"Column `{value_column}` has several values for one user ({values[user]!r} and {value!r}); it must have "
                 "one for each user."
             )
     return values
 
 
+def _chosen_lengths(dataset: Dataset, user_ids: Sequence[UserId]) -> dict[UserId, float]:
+    """For each user the mean length of chosen answers, in words; empty if a text holds the prompt too."""
+    lengths: dict[UserId, list[int]] = {}
+    for user_id, answer in zip(user_ids, dataset["chosen"], strict=True):
+        if isinstance(answer, str) and "prompt" not in dataset.column_names:
+            return {}
+        lengths.setdefault(user_id, []).append(count_words(text_of_last(answer)))
+    return {user_id: mean(found) for user_id, found in lengths.items()}
+
+
+def _majority_share(dataset: Dataset, preference_column: str) -> float:
+    """The share of pairs that follow the more frequent preference, within each `DIMENSION` if there is such a column."""
+    dimensions = dataset[DIMENSION] if DIMENSION in dataset.column_names else [""] * len(dataset)
+    counts = Counter(zip(dimensions, dataset[preference_column], strict=True))
+    most = {name: max(n for (other, _), n in counts.items() if other == name) for name, _ in counts}
+    return sum(most.values()) / len(dataset)
+
+
 def _score_baselines(
     names: Sequence[str],
-    pooled: str | None,
+    vanilla: str | None,
     base_model: str,
     dataset: Dataset,
     train: Dataset | None,
@@ -209,15 +336,16 @@ def _score_baselines(
 ) -> dict[str, FloatArray]:
     """Margins `(len(dataset),)` of each baseline, NaN where a row was left out."""
     column, size = settings.get("user_id_column", "user_id"), len(dataset)
-    if pooled is not None:
-        own_settings = read_training_settings(pooled) or settings
-        ref_model = None if adapter_config(pooled) else base_model
-        trainer = make_scoring_trainer(pooled, dataset, own_settings, ref_model=ref_model, **options)
+    if vanilla is not None:
+        own_settings = read_training_settings(vanilla) or settings
+        ref_model = None if adapter_config(vanilla) else base_model
+        trainer = make_scoring_trainer(vanilla, dataset, own_settings, ref_model=ref_model, **options)
+        scored = score_pairs(trainer, PAIRS)
     else:
         assert train is not None  # checked before
         trainer = train_without_users(base_model, train, settings, peft_config, **train_options)
-    scored = score_pairs(trainer, dataset)
-    margins = {"pooled": scored.by_row("own", size)}
+        scored = score_pairs(trainer, dataset)
+    margins = {"vanilla": scored.by_row("own", size)}
     if train is None:
         return margins
     if "in_context" in names:
@@ -232,48 +360,34 @@ def _score_baselines(
         del trainer
     if "lora_per_user" in names:
         margins["lora_per_user"] = score_lora_per_user(
-            base_model, dataset, train, settings, peft_config, margins["pooled"], **train_options
+            base_model, dataset, train, settings, peft_config, margins["vanilla"], **train_options
         )
     return margins
 
 
-def _majority(
-    prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], users: Sequence[str | None]
-) -> FloatArray:
-    comparisons, directions = compare(prompts, chosen, rejected)
-    return majority_agreement(comparisons, directions, encode(users)[0])
-
-
-def _generate(
-    trainer: Any, dataset: Dataset, column: str, num_prompts: int, batch_size: int, generate_kwargs: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _write_answers(
+    trainer: PersonalizedDPOTrainer,
+    dataset: Dataset,
+    num_prompts: int,
+    batch_size: int,
+    generate_kwargs: dict[str, Any],
+) -> _Answers:
     """Answers of the known users of `dataset`, of the generic user and of the reference; takes the user model off."""
     if "prompt" not in dataset.column_names:
         raise ValueError(f"Answers need a `prompt` column; found {sorted(dataset.column_names)}.")
-    tokenizer = trainer._tokenizer
+    vocab, profile_column = trainer.user_vocab, trainer.args.user_profile_column
+    assert vocab is not None
     prompts = list({str(prompt): prompt for prompt in dataset["prompt"]}.values())[:num_prompts]
-    profile_column = trainer.args.user_profile_column
-    texts = [None] * len(dataset) if profile_column is None else dataset[profile_column]
-    profiles: dict[str, str | None] = {}
-    for user_id, profile in zip(iterate_user_ids(dataset, column, "evaluation"), texts, strict=True):
-        if user_id is not None and not (profiles.get(user_id) or "").strip():
-            profiles[user_id] = profile
-    users: list[UserId] = [*(user_id for user_id in profiles if user_id in trainer.user_vocab), None]
+    user_ids = list(iterate_user_ids(dataset, trainer.args.user_id_column, "evaluation"))
+    profiles = {} if profile_column is None else first_profiles(user_ids, list(dataset[profile_column]))
+    users: list[UserId] = [*(user for user in dict.fromkeys(user_ids) if user is not None and user in vocab), None]
+    model: Any = trainer.model
     options = {"batch_size": batch_size} | generate_kwargs
-    known = {} if profile_column is None else profiles
-    answers = answers_by_user(trainer.model, tokenizer, prompts, users, user_profiles=known, **options)
-    detach_user_model(trainer.model)
+    answers = answers_by_user(model, trainer._tokenizer, prompts, users, user_profiles=profiles, **options)
+    detach_user_model(model)
     if trainer.ref_model is not None:
-        reference = answers_by_user(trainer.ref_model, tokenizer, prompts, [None], **options)[None]
+        reference = answers_by_user(trainer.ref_model, trainer._tokenizer, prompts, [None], **options)[None]
     else:
-        with trainer.model.disable_adapter():
-            reference = answers_by_user(trainer.model, tokenizer, prompts, [None], **options)[None]
-    samples = [
-        {
-            "prompt": prompts[i],
-            "reference": reference[i],
-            "answers": {user or GENERIC_USER: texts[i] for user, texts in answers.items()},
-        }
-        for i in range(len(prompts))
-    ]
-    return summarize_answers(answers, reference), samples
+        with model.disable_adapter():
+            reference = answers_by_user(model, trainer._tokenizer, prompts, [None], **options)[None]
+    return _Answers(prompts, answers, reference)

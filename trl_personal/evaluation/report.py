@@ -1,4 +1,4 @@
-"""What an evaluation says about users: results of each, of groups of them, and a verdict; and the same as a table."""
+"""What an evaluation says about users: results of each user and of groups of them, a verdict, and the same as a table."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,9 +9,15 @@ from rich.table import Table
 from ..intervals import Interval
 
 
-SCORERS = ("own", "generic", "swapped", "pooled")  # what pairs were scored with, in the order of tables; others follow
+SCORERS = (
+    "own",
+    "generic",
+    "swapped",
+    "opposite",
+    "vanilla",
+)  # what pairs were scored with, in the order of tables; others follow
 MAX_ON_ONE_LINE = 4  # scorers that a table holds with their intervals beside the number
-GROUPS = ("all", "seen", "unseen", "minority")
+GROUPS = ("all", "known", "unknown", "minority")
 
 
 @dataclass(frozen=True)
@@ -20,18 +26,18 @@ class UserResult:
     One user's pairs.
 
     Args:
-        user_id (`str`, *optional*): The user; `None` for nobody's pairs.
-        seen (`bool`): Whether the model was trained on this user.
+        user_id (`str`, *optional*): The user; `None` for the pairs of the generic user.
+        known (`bool`): Whether the model was trained on this user.
         minority (`bool`, *optional*): Whether the user agrees with the majority less than half the time; `None` if nothing
             is known of a majority.
-        num_pairs, num_prompts (`int`): Pairs, and distinct prompts among them.
+        num_pairs, num_prompts (`int`): The number of the user's pairs, and of distinct prompts among them.
         accuracy (`Mapping[str, Interval]`): For each of `SCORERS` that was measured, the share of pairs that come out right.
-        mean_margin (`Mapping[str, float]`): Likewise, the mean margin in nats.
-        gain (`float`): Own accuracy minus that of the better of the baselines.
+        mean_margin (`Mapping[str, float]`): For each of `SCORERS` that was measured, the mean margin in nats.
+        gain (`float`): The accuracy with the user's own prompt minus the better of vanilla DPO and the generic prompt.
     """
 
     user_id: str | None
-    seen: bool
+    known: bool
     minority: bool | None
     num_pairs: int
     num_prompts: int
@@ -46,9 +52,9 @@ class GroupResult:
     A group of users, each counting the same.
 
     Args:
-        num_users, num_pairs (`int`): In the group.
+        num_users, num_pairs (`int`): The number of users in the group, and of their pairs.
         accuracy (`Mapping[str, Interval]`): For each of `SCORERS` that was measured, the mean over users.
-        mean_margin (`Mapping[str, float]`): Likewise, of the margin in nats.
+        mean_margin (`Mapping[str, float]`): For each of `SCORERS` that was measured, the mean margin in nats, over users.
     """
 
     num_users: int
@@ -63,15 +69,18 @@ class PersonalizationReport:
     What [`evaluate_margins`] finds.
 
     Args:
-        users (`tuple[UserResult, ...]`): In order of first appearance.
-        groups (`Mapping[str, GroupResult]`): `all`, and those that are not empty of `seen`, `unseen` and `minority`.
-        worst_user, worst_decile (`Mapping[str, float]`): For each scorer the lowest accuracy of a seen user, and the mean of
-            the lowest tenth (at least one user).
-        calibration (`Mapping[str, float]`): For each scorer, the [`calibration_error`] over the pairs of seen users.
-        advantages (`Mapping[str, Interval]`): Own accuracy minus that of each other scorer, mean over the seen users.
-        gain (`Interval`, *optional*): The smallest of the advantages over pooled DPO and the generic prompt, with the lowest
-            of their lower and of their upper ends. `None` without seen users.
-        has_gain (`bool`): Whether the intervals of all advantages, that over another user's prompt among them, lie above zero.
+        users (`tuple[UserResult, ...]`): The result of each user, in order of first appearance.
+        groups (`Mapping[str, GroupResult]`): The result of `all` users, and of the `known`, the `unknown` and the `minority`
+            users where there are any.
+        worst_user, worst_decile (`Mapping[str, float]`): For each scorer the lowest accuracy of a known user, and the mean of
+            the lowest tenth of them (at least one user).
+        calibration (`Mapping[str, float]`): For each scorer, the [`calibration_error`] over the pairs of known users.
+        advantages (`Mapping[str, Interval]`): The accuracy with the user's own prompt minus that of each other scorer, mean
+            over the known users.
+        gain (`Interval`, *optional*): The smallest of the advantages over vanilla DPO and the generic prompt, with the lowest
+            of their lower and of their upper ends. `None` without known users.
+        has_gain (`bool`): Whether another user's prompt was measured, and the intervals of the advantages over it, over the
+            generic prompt and over vanilla DPO (if that was measured) lie above zero.
         verdict (`str`): One sentence, without ids.
     """
 
@@ -114,12 +123,12 @@ def personalization_table(report: PersonalizationReport, list_users: bool = Fals
             group = report.groups[name]
             cells = [write(group.accuracy[scorer]) for scorer in scorers]
             table.add_row(f"{name}, mean", f"{group.num_users:,}", f"{group.num_pairs:,}", *cells)
-    margins = report.groups["seen"].mean_margin if "seen" in report.groups else {}
+    margins = report.groups["known"].mean_margin if "known" in report.groups else {}
     for name, values in (
-        ("worst tenth of seen", report.worst_decile),
-        ("worst of seen", report.worst_user),
-        ("own minus this, seen", report.advantages),
-        ("margin of seen, nats", margins),
+        ("worst tenth of known", report.worst_decile),
+        ("worst of known", report.worst_user),
+        ("own minus this, known", report.advantages),
+        ("margin of known, nats", margins),
         ("calibration error", report.calibration),
     ):
         if values:
@@ -127,7 +136,7 @@ def personalization_table(report: PersonalizationReport, list_users: bool = Fals
             table.add_row(name, "", "", *cells)
     for user in report.users if list_users else ():
         cells = [write(user.accuracy[scorer]) for scorer in scorers]
-        table.add_row(user.user_id or "no user", "" if user.seen else "unseen", f"{user.num_pairs:,}", *cells)
+        table.add_row(user.user_id or "generic user", "" if user.known else "unknown", f"{user.num_pairs:,}", *cells)
     return table
 
 

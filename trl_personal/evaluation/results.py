@@ -1,81 +1,107 @@
-"""What the evaluation of a trained folder found, as files and pictures."""
+"""What an evaluation found, as files, pictures and tables, and how it was made."""
 
 import json
-from collections.abc import Mapping
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
+from .._version import __version__
 from ..files import write_atomically
 from ..user_models import UserModel
-from ..users import UserVocab
+from ..users import UserId, UserVocab
+from .answers import GENERIC_USER
 from .plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
-from .report import PersonalizationReport
-from .user_report import GENERIC_USER
+from .report import PersonalizationReport, scorers_of
 
 
-GENERATED = ("mean_generated_length", "length_drift", "distinct_1", "distinct_2", "empty_share")
+OF_ANSWERS = (
+    *("mean_generated_length", "length_drift", "distinct_1", "distinct_2", "empty_share", "generated_lengths"),
+)
+MOST_ROWS = 20  # users in a table that is printed
+OF_ALL_PAIRS = {"accuracy of vanilla DPO": "vanilla_accuracy", "majority share": "majority_share"}
+LENGTH_PREFERENCES = ("longer", "shorter")
 
 
 @dataclass(frozen=True)
 class ModelEvaluation:
     """
-    What [`evaluate_model`] finds.
+    What [`evaluate_model`] and [`evaluate_trainer`] find.
 
     Args:
         report ([`PersonalizationReport`]): Accuracies, gain and verdict.
-        pairs (`Dataset`): A row for each pair: `row` in the dataset, `user_id`, and a column of margins for each scorer.
-        num_dropped (`int`): Rows that were left out, as their prompt alone is too long.
-        metrics (`dict[str, float]`): Of `trainer.evaluate`.
-        answers (`list[dict]`): For each user the row of [`~evaluation.generation_report.summarize_answers`]; the last
-            one, with `None`, is the generic user. Empty if nothing was generated.
-        samples (`list[dict]`): The answers of all users, and of the reference, to each prompt.
-        values (`Mapping`): For each user the value in `column`.
-        column (`str`): The column of opposites, or empty.
-        user_model, user_vocab: Of the model.
-        log_history (`list[dict]`): Of its training.
-        run (`dict`): Command, versions, hardware, settings.
+        pairs (`Dataset`): A row for each pair: its `row` in the dataset, its `user_id`, and its margin for each scorer.
+        num_dropped (`int`): The number of rows that were left out, as their prompt alone is too long.
+        metrics (`dict[str, float]`): The metrics of `trainer.evaluate`.
+        chosen_lengths (`Mapping`): For each user the mean length of the chosen answers, in words; empty if it is not known.
+        preferences (`Mapping`): For each user what the user prefers, if `preference_column` names a column that says so.
+        preference_column (`str`): The name of that column, or empty.
+        majority_share (`float`, *optional*): The share of pairs that follow the more frequent preference: what a model without
+            users can reach.
+        answers (`list[dict]`): For each user the row of [`~evaluation.answers.summarize_answers`], the generic user being
+            `None`. Empty if nothing was generated.
+        samples (`list[dict]`): For each prompt the answers of all users and, if there is one, of the reference.
+        user_model, user_vocab: The user model that was evaluated, and its users.
+        log_history (`list[dict]`): The log of its training.
+        run (`dict`): The command, versions, hardware and settings of the evaluation.
     """
 
     report: PersonalizationReport
     pairs: Dataset
     num_dropped: int
     metrics: dict[str, float]
+    chosen_lengths: Mapping[UserId, float]
+    preferences: Mapping[str, Any]
+    preference_column: str
+    majority_share: float | None
     answers: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    values: Mapping[str, Any]
-    column: str
     user_model: UserModel
     user_vocab: UserVocab
     log_history: list[dict[str, Any]]
     run: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the pairs, for JSON. The ids of users are in `users` and `samples`."""
+        """Everything but the pairs, for JSON. The ids of users are in `users` and `samples`."""
         found = self.report.to_dict()
-        found["users"] = self.user_rows()
+        generic = [row for row in self.answers if row["user_id"] is None]
+        has_vanilla = "vanilla" in self.pairs.column_names
         return {
             **{name: found[name] for name in ("verdict", "has_gain", "gain", "advantages", "groups")},
-            **{name: found[name] for name in ("worst_user", "worst_decile", "calibration", "users")},
+            **{name: found[name] for name in ("worst_user", "worst_decile", "calibration")},
+            "users": self.user_rows(),
+            "generic": {**generic[0], "user_id": GENERIC_USER, "preference": None} if generic else None,
+            "means": self.means(),
+            "length_by_preference": self._length_by_preference(),
+            "vanilla_accuracy": float((np.array(self.pairs["vanilla"]) > 0).mean()) if has_vanilla else None,
+            "majority_share": self.majority_share,
             "num_dropped": self.num_dropped,
-            "generic_answers": {
-                name: row[name] for row in self.answers if row["user_id"] is None for name in GENERATED
-            },
             "metrics": self.metrics,
             "samples": self.samples,
             "run": self.run,
         }
 
     def user_rows(self) -> list[dict[str, Any]]:
-        """A flat row for each user."""
-        answers = {row["user_id"]: {name: row[name] for name in GENERATED} for row in self.answers}
+        """A flat row for each user: accuracy, its interval and mean margin for each scorer, and what the answers are like."""
+        answers = {row["user_id"]: {name: row[name] for name in OF_ANSWERS} for row in self.answers}
         rows = []
         for user in self.report.users:
             row: dict[str, Any] = {
-                **{"user_id": user.user_id, "seen": user.seen, "minority": user.minority},
+                **{"user_id": user.user_id, "known": user.known, "minority": user.minority},
                 **{"num_pairs": user.num_pairs, "num_prompts": user.num_prompts, "gain": user.gain},
+                "preference": self.preferences.get(user.user_id or ""),
             }
             for scorer, accuracy in user.accuracy.items():
                 row |= {
@@ -84,10 +110,62 @@ class ModelEvaluation:
                     f"accuracy_{scorer}_high": accuracy.high,
                     f"margin_{scorer}": user.mean_margin[scorer],
                 }
+            row["mean_chosen_length"] = self.chosen_lengths.get(user.user_id)
             if self.answers:
-                row |= answers.get(user.user_id, dict.fromkeys(GENERATED))
+                row |= answers.get(user.user_id, dict.fromkeys(OF_ANSWERS))
             rows.append(row)
         return rows
+
+    def means(self) -> dict[str, float]:
+        """Accuracies, lengths in words, and the share of empty answers: means over the known users who have each."""
+        rows = self.user_rows()
+        rows = [row for row in rows if row["known"]] or rows
+        names = [f"accuracy_{scorer}" for scorer in scorers_of(self.report)]
+        names += ["mean_generated_length", "mean_chosen_length", "empty_share"]
+        values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+        return {name: mean(found) for name, found in values.items() if found}
+
+    def length_rows(self) -> list[dict[str, Any]]:
+        """The rows of [`~evaluation.plots.plot_length_by_user`]: each user with answers, and the generic user."""
+        return [
+            {
+                "user_id": GENERIC_USER if row["user_id"] is None else row["user_id"],
+                "preference": preference if preference in LENGTH_PREFERENCES else None,
+                "generated_lengths": row["generated_lengths"],
+                "mean_chosen_length": None if row["user_id"] is None else self.chosen_lengths.get(row["user_id"]),
+            }
+            for row in self.answers
+            for preference in [self.preferences.get(row["user_id"] or "")]
+        ]
+
+    def users_table(self) -> Table:
+        """The accuracy of each user with each prompt and the lengths of answers, to print; with ids, of 20 users at most."""
+        scorers = [scorer for scorer in scorers_of(self.report) if scorer != "vanilla"]
+        title = "Pair accuracy by soft prompt, and length of answers in words"
+        table = Table("user", "prefers", title=title, box=SIMPLE_HEAD, collapse_padding=True)
+        for heading in ("pairs", *(scorer.replace("_", " ") for scorer in scorers), "generated", "chosen"):
+            table.add_column(heading, justify="right")
+        rows, found = self.user_rows(), self.to_dict()
+        for row in [*rows[:MOST_ROWS], {"user_id": "mean", **found["means"]}, *filter(None, [found["generic"]])]:
+            cells = [_cell(row.get(f"accuracy_{scorer}"), 2) for scorer in scorers]
+            lengths = [_cell(row.get(f"mean_{kind}_length"), 1) for kind in ("generated", "chosen")]
+            names = (row["user_id"] or GENERIC_USER, str(row.get("preference") or ""), str(row.get("num_pairs", "")))
+            table.add_row(*names, *cells, *lengths)
+        caption = [f"{name} {_cell(found[key], 2)}" for name, key in OF_ALL_PAIRS.items() if found[key] is not None]
+        if len(rows) > MOST_ROWS:
+            caption.append(f"{len(rows) - MOST_ROWS} more users are in the file")
+        table.caption = ", ".join(caption)
+        return table
+
+    def answers_table(self, prompt_index: int, user_ids: Sequence[UserId]) -> Table:
+        """What some users (`None`: the generic one) are answered to one prompt, side by side."""
+        sample = self.samples[prompt_index]
+        names = [str(user_id or GENERIC_USER) for user_id in user_ids]
+        wants = [f"prefers {self.preferences[name]}" if name in self.preferences else "" for name in names]
+        headings = [f"{name}\n{want}" for name, want in zip(names, wants, strict=True)]
+        table = Table(*headings, title=sample["prompt"], title_justify="left", title_style="dim")
+        table.add_row(*(sample["answers"][name].strip() for name in names))
+        return table
 
     def save(self, folder: str | Path) -> list[str]:
         """
@@ -107,26 +185,39 @@ class ModelEvaluation:
         plot_report(folder / "accuracy_by_user.png", self.report)
         files = ["evaluation.json", "users.json", "users.parquet", "pairs.parquet", "accuracy_by_user.png"]
         if len(self.user_vocab) > 1:
-            values = self.values or {
-                user.user_id: round(user.gain, 2) for user in self.report.users if user.user_id and user.seen
-            }
-            plot_user_map(folder / "user_map.png", self.user_model, self.user_vocab, values, self.column or "gain")
+            gains = {user.user_id: round(user.gain, 2) for user in self.report.users if user.user_id and user.known}
+            values, name = (self.preferences, self.preference_column) if self.preferences else (gains, "gain")
+            plot_user_map(folder / "user_map.png", self.user_model, self.user_vocab, values, name)
             files.append("user_map.png")
         if any("loss" in entry for entry in self.log_history):
             plot_training_curves(folder / "training_curves.png", self.log_history)
             files.append("training_curves.png")
         if self.answers:
-            plot_length_by_user(folder / "length_by_user.png", self._length_rows())
+            plot_length_by_user(folder / "length_by_user.png", self.length_rows())
             files.append("length_by_user.png")
         return files
 
-    def _length_rows(self) -> list[dict[str, Any]]:
-        values = {user: value for user, value in self.values.items() if value in ("longer", "shorter")}
-        return [
-            {
-                "user_id": GENERIC_USER if row["user_id"] is None else row["user_id"],
-                "preference": values.get(row["user_id"]),
-                "generated_lengths": row["generated_lengths"],
-            }
-            for row in self.answers
-        ]
+    def _length_by_preference(self) -> dict[str, float]:
+        """Mean length of generated answers, in words, over the users of each preference."""
+        lengths: dict[str, list[float]] = {}
+        for row in self.answers:
+            if row["user_id"] in self.preferences:
+                lengths.setdefault(str(self.preferences[row["user_id"]]), []).append(row["mean_generated_length"])
+        return {preference: mean(lengths[preference]) for preference in sorted(lengths)}
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def describe_run() -> dict[str, Any]:
+    """What a table of results has to name: `command`, `versions` of the packages that matter, and `hardware`."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "versions": {
+            "trl_personal": __version__,
+            **{name: version(name) for name in ("trl", "transformers", "peft", "torch")},
+        },
+        "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {accelerator}, {platform.platform()}",
+    }

@@ -13,16 +13,15 @@ from ..intervals import Interval, cluster_mean, cluster_share
 from .report import GroupResult, PersonalizationReport, UserResult
 
 
-BASELINES = {"pooled": "pooled DPO", "generic": "the generic prompt"}
-CONTROLS = BASELINES | {"swapped": "another user's prompt"}
+WITHOUT_USERS = {"vanilla": "vanilla DPO", "generic": "the generic prompt"}  # the gain is over the better of these
+CONTROLS = WITHOUT_USERS | {"swapped": "another user's prompt"}  # each has to be beaten
 OTHER_WAYS = {  # to personalize; how the verdict calls them
     "user_id_text": "the user id as text",
     "in_context": "earlier choices in the prompt",
     "lora_per_user": "a LoRA for each user",
 }
 MIN_PROMPTS = 10  # fewer independent prompts say nothing reliable, however clear they look
-NUM_BINS = 10  # of the calibration error
-USER_RESAMPLES = 200  # for the interval of one user
+NUM_BINS = 10  # bins of confidence for the calibration error
 
 
 @dataclass(frozen=True)
@@ -52,42 +51,43 @@ def evaluate_margins(
     prompt_ids: Sequence[str | int],
     *,
     swapped: ArrayLike | None = None,
-    pooled: ArrayLike | None = None,
+    opposite: ArrayLike | None = None,
+    vanilla: ArrayLike | None = None,
     others: Mapping[str, ArrayLike] | None = None,
     known_users: Collection[str] | None = None,
     agrees_with_majority: ArrayLike | None = None,
     beta: float = 0.1,
     confidence: float = 0.95,
-    seed: int = 0,
 ) -> PersonalizationReport:
     """
-    Whether users gain from their own soft prompts, and who.
+    Say whether users gain from their own soft prompts, and who does.
 
     A margin is how much more than the reference the policy prefers chosen to rejected, in nats ([`pair_margins`]); a pair is
-    right if it is above zero. Means are over users, each counting the same. Intervals resample prompts, with all pairs about a
-    prompt together.
+    right if it is above zero. Means are over users, each counting the same. Intervals keep all pairs about a prompt together
+    ([`~intervals.cluster_mean`]).
 
-    The verdict is a gain only if the own prompt beats **each** of what was measured: the generic prompt, pooled DPO, and
-    another user's prompt. Which of the first two is the better one is known from the same pairs only, so both have to be
-    beaten; and another user's prompt shows what is due to having any soft prompt. As every test must pass, a false gain is at
-    most as frequent as in a single one.
+    The verdict is a gain only if the user's own prompt beats **each** of what was measured: the generic prompt, vanilla DPO,
+    and another user's prompt (`swapped`). Which of the first two is the better one is known from the same pairs only, so both
+    have to be beaten; and another user's prompt shows what is due to having any soft prompt. As every test must pass, a false
+    gain is at most as frequent as in a single one. The prompt of an opposite user is shown, but is no part of the verdict: it
+    pulls the other way, so nearly every prompt beats it.
 
     Args:
-        own (`ArrayLike`): Margins `(n,)` with the user's own prompt. Users who are not known have the generic one.
+        own (`ArrayLike`): Margins `(n,)` with the user's own prompt. Unknown users have the generic one.
         generic (`ArrayLike`): Margins `(n,)` with the generic prompt.
-        user_ids (`Sequence`): The user of each pair; `None` for nobody's.
+        user_ids (`Sequence`): The user of each pair; `None` for the generic user.
         prompt_ids (`Sequence`): The prompt of each pair, its text or a number.
-        swapped (`ArrayLike`, *optional*): Margins `(n,)` with another user's prompt. Without them the verdict is never a gain:
-            what any soft prompt would give cannot be told from what is personal.
-        pooled (`ArrayLike`, *optional*): Margins `(n,)` of a model trained by plain DPO on all users.
+        swapped (`ArrayLike`, *optional*): Margins `(n,)` with another user's prompt, by a rule that knows no preferences.
+            Without them the verdict is never a gain: what any soft prompt would give cannot be told from what is personal.
+        opposite (`ArrayLike`, *optional*): Margins `(n,)` with the prompt of a user on the other side of the same conflict.
+        vanilla (`ArrayLike`, *optional*): Margins `(n,)` of a model trained by vanilla DPO on all users.
         others (`Mapping[str, ArrayLike]`, *optional*): Margins `(n,)` of other ways to personalize, such as `OTHER_WAYS`. A
             gain does not have to beat them, but the verdict says which of them it does not clearly beat.
-        known_users (`Collection[str]`, *optional*): Users the model was trained on; default: all. The verdict is on them.
+        known_users (`Collection[str]`, *optional*): Users the model was trained on; by default all. The verdict is on them.
         agrees_with_majority (`ArrayLike`, *optional*): `(n,)`, 1 if the user judged a pair like the majority, 0 if not, NaN if
             there is none ([`majority_agreement`]).
-        beta (`float`, *optional*, defaults to `0.1`): Of the training, which scales margins to probabilities.
-        confidence (`float`, *optional*, defaults to `0.95`): Of the intervals.
-        seed (`int`, *optional*, defaults to `0`): Of the resamples.
+        beta (`float`, *optional*, defaults to `0.1`): The `beta` of the training, which scales margins to probabilities.
+        confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true mean.
 
     Returns:
         [`PersonalizationReport`].
@@ -97,20 +97,21 @@ def evaluate_margins(
 
     ```python
     >>> report = evaluate_margins([1.0, -1.0, 2.0], [-1.0, -1.0, 1.0], ["ann", "ann", "bo"], ["p", "q", "p"])
-    >>> report.groups["seen"].accuracy["own"].value, report.groups["seen"].accuracy["generic"].value
+    >>> report.groups["known"].accuracy["own"].value, report.groups["known"].accuracy["generic"].value
     (0.75, 0.5)
     >>> report.verdict
     'No evidence of gain: 2 prompts are too few to tell, at least 10 are needed.'
     ```
     """
-    scored = {"own": own, "generic": generic, "swapped": swapped, "pooled": pooled} | dict(others or {})
+    measured = {"own": own, "generic": generic, "swapped": swapped, "opposite": opposite, "vanilla": vanilla}
+    scored = measured | dict(others or {})
     margins = {name: np.asarray(values, np.float64) for name, values in scored.items() if values is not None}
     majority = (
         np.full(len(user_ids), np.nan) if agrees_with_majority is None else np.asarray(agrees_with_majority, float)
     )
     _check(margins | {"agrees_with_majority": majority}, len(user_ids), len(prompt_ids))
     users, names = encode(user_ids)
-    seen = np.array([name is not None and (known_users is None or name in known_users) for name in names])
+    is_known = np.array([name is not None and (known_users is None or name in known_users) for name in names])
     counts = np.bincount(users)
     pairs = _Pairs(
         users=users,
@@ -120,26 +121,28 @@ def evaluate_margins(
         right={name: (values > 0).astype(np.float64) for name, values in margins.items()},
     )
     minority = _minority(users, majority, len(names))
-    members = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen, "minority": minority == 1}
-    known = pairs.where(seen[users])
-    advantages = _advantages(known, confidence, seed)
-    gain = _smallest([advantages[name] for name in BASELINES if name in advantages])
+    members = {
+        **{"all": np.ones_like(is_known), "known": is_known, "unknown": ~is_known},
+        "minority": minority == 1,
+    }
+    known = pairs.where(is_known[users])
+    advantages = _advantages(known, confidence)
+    gain = _smallest([advantages[name] for name in WITHOUT_USERS if name in advantages])
     num_prompts = len(np.unique(known.prompts))
     is_clear = num_prompts >= MIN_PROMPTS and all(advantages[name].low > 0 for name in CONTROLS if name in advantages)
     has_gain = is_clear and "swapped" in advantages
-    results = _user_results(pairs, names, seen, minority, confidence, seed)
+    results = _user_results(pairs, names, is_known, minority, confidence)
+    known_results = [user for user in results if user.known]
     return PersonalizationReport(
         users=results,
-        groups={
-            name: _group(pairs.where(mask[users]), confidence, seed) for name, mask in members.items() if mask.any()
-        },
-        worst_user=_lowest([user for user in results if user.seen], share=0.0),
-        worst_decile=_lowest([user for user in results if user.seen], share=0.1),
+        groups={name: _group(pairs.where(mask[users]), confidence) for name, mask in members.items() if mask.any()},
+        worst_user=_lowest(known_results, share=0.0),
+        worst_decile=_lowest(known_results, share=0.1),
         calibration={name: calibration_error(values, beta) for name, values in known.margins.items() if len(values)},
         advantages=advantages,
         gain=gain,
         has_gain=has_gain,
-        verdict=_sentence(has_gain, gain, advantages, [user for user in results if user.seen], num_prompts),
+        verdict=_sentence(has_gain, gain, advantages, known_results, num_prompts),
     )
 
 
@@ -162,41 +165,38 @@ def calibration_error(margins: ArrayLike, beta: float, num_bins: int = NUM_BINS)
 
 
 def _user_results(
-    pairs: _Pairs, names: Sequence[str | None], seen: BoolArray, minority: FloatArray, confidence: float, seed: int
+    pairs: _Pairs, names: Sequence[str | None], is_known: BoolArray, minority: FloatArray, confidence: float
 ) -> tuple[UserResult, ...]:
     order = np.argsort(pairs.users, kind="stable")
     rows = np.split(order, np.cumsum(np.bincount(pairs.users))[:-1])
     return tuple(
-        _user_result(pairs.where(rows[user]), names[user], bool(seen[user]), minority[user], confidence, seed)
+        _user_result(pairs.where(rows[user]), names[user], bool(is_known[user]), minority[user], confidence)
         for user in range(len(names))
     )
 
 
-def _user_result(
-    pairs: _Pairs, name: str | None, seen: bool, minority: float, confidence: float, seed: int
-) -> UserResult:
+def _user_result(pairs: _Pairs, name: str | None, known: bool, minority: float, confidence: float) -> UserResult:
     accuracy = {
-        scorer: cluster_share(values, pairs.prompts, confidence=confidence, num_resamples=USER_RESAMPLES, seed=seed)
-        for scorer, values in pairs.right.items()
+        scorer: cluster_share(values, pairs.prompts, confidence=confidence) for scorer, values in pairs.right.items()
     }
     return UserResult(
         user_id=name,
-        seen=seen,
+        known=known,
         minority=None if np.isnan(minority) else bool(minority),
         num_pairs=len(pairs.users),
         num_prompts=len(np.unique(pairs.prompts)),
         accuracy=accuracy,
         mean_margin={scorer: float(values.mean()) for scorer, values in pairs.margins.items()},
-        gain=accuracy["own"].value - max(accuracy[name].value for name in BASELINES if name in accuracy),
+        gain=accuracy["own"].value - max(accuracy[name].value for name in WITHOUT_USERS if name in accuracy),
     )
 
 
-def _group(pairs: _Pairs, confidence: float, seed: int) -> GroupResult:
+def _group(pairs: _Pairs, confidence: float) -> GroupResult:
     return GroupResult(
         num_users=len(np.unique(pairs.users)),
         num_pairs=len(pairs.users),
         accuracy={
-            scorer: cluster_share(values, pairs.prompts, pairs.weights, confidence=confidence, seed=seed)
+            scorer: cluster_share(values, pairs.prompts, pairs.weights, confidence=confidence)
             for scorer, values in pairs.right.items()
         },
         mean_margin={
@@ -205,12 +205,12 @@ def _group(pairs: _Pairs, confidence: float, seed: int) -> GroupResult:
     )
 
 
-def _advantages(pairs: _Pairs, confidence: float, seed: int) -> dict[str, Interval]:
+def _advantages(pairs: _Pairs, confidence: float) -> dict[str, Interval]:
     if not len(pairs.users):
         return {}
     own, advantages = pairs.right["own"], {}
-    for name in sorted(pairs.right.keys() - {"own"}, key=[*CONTROLS, *OTHER_WAYS, *pairs.right].index):
-        found = cluster_mean(own - pairs.right[name], pairs.prompts, pairs.weights, confidence=confidence, seed=seed)
+    for name in sorted(pairs.right.keys() - {"own"}, key=[*CONTROLS, "opposite", *OTHER_WAYS, *pairs.right].index):
+        found = cluster_mean(own - pairs.right[name], pairs.prompts, pairs.weights, confidence=confidence)
         advantages[name] = Interval(found.value, max(found.low, -1.0), min(found.high, 1.0))
     return advantages
 
@@ -249,31 +249,34 @@ def _sentence(
     num_prompts: int,
 ) -> str:
     if gain is None:
-        return "No evidence of gain: there are no pairs of seen users."
+        return "No evidence of gain: there are no pairs of known users."
     if num_prompts < MIN_PROMPTS:
         return f"No evidence of gain: {num_prompts} prompts are too few to tell, at least {MIN_PROMPTS} are needed."
-    measured = [CONTROLS[name] for name in BASELINES if name in advantages]
+    measured = [CONTROLS[name] for name in WITHOUT_USERS if name in advantages]
     found = f"{gain:+.3f} pair accuracy over {' and '.join(measured)}"
     if has_gain:
         ahead, behind = (sum(sign * user.gain > 0 for user in users) for sign in (1, -1))
         return (
-            f"These users gain: {found}, mean of {len(users)} seen users, of whom {ahead} do better and {behind} worse"
+            f"These users gain: {found}, mean of {len(users)} known users, of whom {ahead} do better and {behind} worse"
             f"{_not_measured(advantages)}{_as_good(advantages)}."
         )
     unbeaten = [CONTROLS[name] for name in CONTROLS if name in advantages and advantages[name].low <= 0]
-    reason = f"the own prompt does not clearly beat {' or '.join(unbeaten)}" if unbeaten else "it may not be personal"
-    return f"No evidence of gain: {found}; {reason}{_not_measured(advantages)}."
+    if unbeaten:
+        reason = f"the user's own prompt does not clearly beat {' or '.join(unbeaten)}{_not_measured(advantages)}"
+    else:
+        reason = "not tested against another user's prompt, so the gain may not be personal"
+        reason += _not_measured({*advantages, "swapped"})
+    return f"No evidence of gain: {found}; {reason}."
 
 
-def _not_measured(advantages: Mapping[str, Interval]) -> str:
-    missing = [name for key, name in CONTROLS.items() if key not in advantages]
+def _not_measured(measured: Collection[str]) -> str:
+    missing = [name for key, name in CONTROLS.items() if key not in measured]
     return f" ({' and '.join(missing)} not measured)" if missing else ""
 
 
 def _as_good(advantages: Mapping[str, Interval]) -> str:
-    names = [
-        OTHER_WAYS.get(name, name) for name, found in advantages.items() if name not in CONTROLS and found.low <= 0
-    ]
+    ways = advantages.keys() - CONTROLS.keys() - {"opposite"}
+    names = [OTHER_WAYS.get(name, name) for name, found in advantages.items() if name in ways and found.low <= 0]
     return f"; not clearly better than {' or '.join(names)}" if names else ""
 
 

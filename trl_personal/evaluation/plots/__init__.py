@@ -2,9 +2,8 @@
 
 from .accuracy import plot_report
 from .length import plot_length_by_user
-from .prompts import plot_accuracy_by_user
 from .training import plot_training_curves
 from .user_map import plot_user_map
 
 
-__all__ = ["plot_accuracy_by_user", "plot_length_by_user", "plot_report", "plot_training_curves", "plot_user_map"]
+__all__ = ["plot_length_by_user", "plot_report", "plot_training_curves", "plot_user_map"]

@@ -1,4 +1,4 @@
-"""Accuracy by user, with each prompt that pairs were scored with."""
+"""Pair accuracy by user, for each scorer: each prompt or model that pairs were scored with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from ...canvas import (
     MAX_LABELS,
     ORANGE,
     PALETTE,
+    PURPLE,
     label_users,
     legend_below,
     new_figure,
@@ -22,7 +23,10 @@ from ...canvas import (
 from ..report import PersonalizationReport, UserResult, scorers_of
 
 
-STYLES = {"own": (BLUE, "o"), "generic": (GRAY, "s"), "swapped": (ORANGE, "X"), "pooled": (GREEN, "^")}
+STYLES = {
+    **{"own": (BLUE, "o"), "generic": (GRAY, "s"), "swapped": (ORANGE, "X"), "opposite": (PURPLE, "P")},
+    "vanilla": (GREEN, "^"),
+}
 
 
 def plot_report(path: str | Path, report: PersonalizationReport) -> None:
@@ -30,14 +34,14 @@ def plot_report(path: str | Path, report: PersonalizationReport) -> None:
     Write a chart of the pair accuracy of each user to `path`, in the format of its ending (`.png`, `.pdf`, `.svg`).
 
     Up to 40 users get a column with their name, and an interval around each accuracy; they are ordered by gain. More users
-    are drawn as one curve for each scorer, over users sorted by that scorer's accuracy, with the intervals of the own prompt.
-    Users the model was not trained on are left out unless there are no others.
+    are drawn as one curve for each scorer, over users sorted by that scorer's accuracy, with the intervals of the user's own
+    prompt. Unknown users are left out unless there are no others.
 
     Args:
         path (`str` or `Path`): File to write; its folder must exist.
-        report ([`PersonalizationReport`]): From [`evaluate_margins`].
+        report ([`PersonalizationReport`]): A report from [`evaluate_margins`].
     """
-    users = [user for user in report.users if user.seen] or list(report.users)
+    users = [user for user in report.users if user.known] or list(report.users)
     scorers = scorers_of(report)
     few = len(users) <= MAX_LABELS
     figure = new_figure(width_for(len(users) * max(1, len(scorers) // 3)) if few else 7.5, 4.4)
@@ -76,7 +80,7 @@ def _draw_columns(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str
             linewidth=1,
             label=scorer,
         )
-    label_users(axes, [user.user_id or "no user" for user in users])
+    label_users(axes, [user.user_id or "generic user" for user in users])
 
 
 def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]) -> None:
@@ -89,7 +93,7 @@ def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]
         color=BLUE,
         alpha=0.15,
         linewidth=0,
-        label="interval of one user, own",
+        label="interval of one user's own",
     )
     for place, scorer in enumerate(scorers):
         values = sorted(user.accuracy[scorer].value for user in users)

@@ -27,8 +27,8 @@ def plot_length_by_user(path: str | Path, rows: Sequence[Mapping[str, Any]], uni
         path (`str` or `Path`): File to write; its folder must exist.
         rows (`Sequence[Mapping]`): For each user `user_id`, `preference` (`"longer"`, `"shorter"` or `None`),
             `generated_lengths` (one number an answer) and, optionally, `mean_chosen_length`, as from
-            [`~evaluation.user_report.summarize_users`].
-        unit (`str`, *optional*, defaults to `"words"`): Of a length.
+            [`~evaluation.results.ModelEvaluation.user_rows`].
+        unit (`str`, *optional*, defaults to `"words"`): The unit of a length.
 
     Raises:
         `ValueError`: if there are no rows, or one has no answer.

@@ -22,6 +22,7 @@ PANELS = {
         ("eval_rewards/accuracies", "own, evaluation", BLUE, "--"),
         ("eval_generic/rewards/accuracies", "generic, evaluation", GRAY, "--"),
         ("eval_users/accuracy_swapped", "swapped, evaluation", ORANGE, "--"),
+        ("eval_users/accuracy_swapped_soft_prompt", "swapped soft prompt, evaluation", ORANGE, "--"),
         ("eval_users/accuracy_worst", "worst user, evaluation", PURPLE, "--"),
     ),
     "Reward margin": (

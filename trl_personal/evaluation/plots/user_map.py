@@ -36,12 +36,12 @@ def plot_user_map(
 
     Args:
         path (`str` or `Path`): File to write; its folder must exist.
-        user_model ([`UserModel`]): Of a trained model, `model.user_model`.
-        user_vocab ([`UserVocab`]): `model.user_vocab`.
+        user_model ([`UserModel`]): The user model of a trained model, `model.user_model`.
+        user_vocab ([`UserVocab`]): Its users, `model.user_vocab`.
         values (`Mapping[str, Any]`, *optional*): For each user what to color by: numbers (a color scale if there are more than
             seven) or text (seven colors, and gray for the rest). Users who are not in it are gray.
-        column (`str`, *optional*): What the values are.
-        seed (`int`, *optional*, defaults to `0`): Of the draw of users, if there are too many.
+        column (`str`, *optional*): The name of the values, for the title.
+        seed (`int`, *optional*, defaults to `0`): Random seed for which users are drawn, if there are too many.
 
     Raises:
         `ValueError`: if there are fewer than two users.

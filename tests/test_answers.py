@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_personal.evaluation.generation_report import distinct_n, judge_both_ways, summarize_answers, win_rates
+from trl_personal.evaluation import distinct_n, judge_both_ways, summarize_answers, win_rates
 
 
 PROMPTS = ["p", "q", "r"]

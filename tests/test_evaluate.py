@@ -10,7 +10,7 @@ from conftest import WORDS
 from datasets import Dataset
 
 from trl_personal.cli import main
-from trl_personal.evaluation.evaluate import evaluate_model
+from trl_personal.evaluation import evaluate_model
 
 
 USERS = {"ann": "shorter", "bo": "longer", "cy": "shorter", "di": "longer", "ed": "longer"}
@@ -84,7 +84,7 @@ def evaluate(capsys, *arguments):
 
 def test_planted_preferences_are_a_gain_and_the_files_agree(planted, folders, capsys):
     code, out, err = evaluate(
-        capsys, planted, "--dataset_name", folders / "planted", "--baselines", "pooled", "--opposite_column", "preference",
+        capsys, planted, "--dataset_name", folders / "planted", "--baselines", "vanilla", "--opposite_column", "preference",
         "--generate", "2", "--max_new_tokens", "6", "--batch_size", "32", "--format", "json", "--list_users",
     )  # fmt: skip
     assert code == 0, err
@@ -97,17 +97,22 @@ def test_planted_preferences_are_a_gain_and_the_files_agree(planted, folders, ca
     assert json.loads((folder / "evaluation.json").read_text()) == found
     users = json.loads((folder / "users.json").read_text())
     assert Dataset.from_parquet(str(folder / "users.parquet")).to_list() == users == found["users"]
-    assert [user["user_id"] for user in users if not user["seen"]] == ["new"]
+    assert [user["user_id"] for user in users if not user["known"]] == ["new"]
     by_id = {user["user_id"]: user for user in users}
     pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).to_pandas()
     assert pairs["row"].tolist() == list(range(len(pairs)))
-    for scorer in ("own", "generic", "swapped", "pooled"):
+    for scorer in ("own", "generic", "swapped", "opposite", "vanilla"):
         for user, values in pairs.groupby("user_id")[scorer]:
             assert by_id[user][f"accuracy_{scorer}"] == (values > 0).mean()
             assert by_id[user][f"margin_{scorer}"] == pytest.approx(values.mean())
-    stranger = pairs[pairs["user_id"] == "new"]
-    np.testing.assert_allclose(stranger["own"], stranger["generic"], atol=1e-4)
-    assert found["worst_user"]["swapped"] < 0.5
+    unknown = pairs[pairs["user_id"] == "new"]
+    np.testing.assert_allclose(unknown["own"], unknown["generic"], atol=1e-4)
+    assert found["means"]["accuracy_opposite"] < found["means"]["accuracy_swapped"] < found["means"]["accuracy_own"]
+    assert (by_id["ann"]["preference"], found["worst_user"]["opposite"] < 0.5) == ("shorter", True)
+    assert by_id["ann"]["mean_chosen_length"] < by_id["bo"]["mean_chosen_length"]
+    assert found["vanilla_accuracy"] == (pairs["vanilla"] > 0).mean()
+    assert 0.5 < found["majority_share"] < 0.8
+    assert found["length_by_preference"].keys() == {"longer", "shorter"}
     sample = found["samples"][0]
     words = len(sample["answers"]["ann"].split()) + len(found["samples"][1]["answers"]["ann"].split())
     reference = sum(len(sample["reference"].split()) for sample in found["samples"])
@@ -126,7 +131,7 @@ def test_shuffled_ids_are_no_evidence_of_gain_for_a_full_model(folders, model_di
         "--ref_model",
         model_dirs["gptj"],
         "--baselines",
-        "pooled",
+        "vanilla",
         "--output_dir",
         folders / "numbers",
     )
@@ -139,21 +144,21 @@ def test_shuffled_ids_are_no_evidence_of_gain_for_a_full_model(folders, model_di
 
 
 @pytest.mark.slow
-def test_a_pooled_folder_may_be_given(planted, folders, model_dirs, capsys):
-    pooled = train(
+def test_a_vanilla_folder_may_be_given(planted, folders, model_dirs, capsys):
+    vanilla = train(
         folders, model_dirs, "planted", "--use_peft", "--lora_target_modules", "q_proj", "v_proj",
-        "--user_model_kind", "none", "--output_dir", str(folders / "pooled"),
+        "--user_model_kind", "none", "--output_dir", str(folders / "vanilla"),
     )  # fmt: skip
-    assert pooled  # the last --output_dir wins
+    assert vanilla  # the last --output_dir wins
     code, out, err = evaluate(
-        capsys, planted, "--dataset_name", folders / "planted", "--pooled", folders / "pooled", "--format", "json",
-        "--output_dir", folders / "with_pooled",
+        capsys, planted, "--dataset_name", folders / "planted", "--vanilla", folders / "vanilla", "--format", "json",
+        "--output_dir", folders / "with_vanilla",
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out)
     assert "users" not in found
     assert found["has_gain"]
-    assert 0.4 < found["groups"]["seen"]["accuracy"]["pooled"]["value"] < 0.7
+    assert 0.4 < found["groups"]["known"]["accuracy"]["vanilla"]["value"] < 0.7
 
 
 @pytest.mark.slow
@@ -161,14 +166,14 @@ def test_every_baseline(planted, folders):
     rows = {split: Dataset.from_json(str(folders / "planted" / f"{split}.jsonl")) for split in ("train", "test")}
     found = evaluate_model(
         str(planted), rows["test"], train_dataset=rows["train"], batch_size=32, disable_tqdm=True,
-        baselines=["pooled", "user_id_text", "in_context", "lora_per_user"], opposite_column="preference",
+        baselines=["vanilla", "user_id_text", "in_context", "lora_per_user"], opposite_column="preference",
     )  # fmt: skip
-    accuracy = {name: interval.value for name, interval in found.report.groups["seen"].accuracy.items()}
+    accuracy = {name: interval.value for name, interval in found.report.groups["known"].accuracy.items()}
     assert accuracy["own"] > 0.9
     assert accuracy["lora_per_user"] > 0.9
-    for name in ("pooled", "in_context"):
+    for name in ("vanilla", "in_context"):
         assert 0.4 < accuracy[name] < 0.7
-    assert accuracy["swapped"] < 0.1
+    assert accuracy["opposite"] < 0.1 < accuracy["swapped"]
     assert "not clearly better than" in found.report.verdict
     assert "a LoRA for each user" in found.report.verdict
 
@@ -178,14 +183,14 @@ def test_every_baseline(planted, folders):
     [
         (
             ["--baselines", "best"],
-            "There is no baseline 'best'. Choose from pooled, user_id_text, in_context, lora_per_user.",
+            "There is no baseline 'best'. Choose from vanilla, user_id_text, in_context, lora_per_user.",
         ),
         (["--user_id_column", "who"], "The evaluation dataset has no `who` column"),
         (["--opposite_column", "taste"], "The evaluation dataset has no `taste` column"),
         (["--dataset_test_split", "dev"], "The dataset has no split 'dev' to evaluate on"),
-        (["--pooled", "some/where", "--baselines", "pooled"], "leave one of them out"),
-        (["--pooled", "somewhere"], "There is no folder somewhere."),
-        (["--train_dataset", "nowhere.jsonl", "--baselines", "pooled"], "There is no file nowhere.jsonl"),
+        (["--vanilla", "some/where", "--baselines", "vanilla"], "leave one of them out"),
+        (["--vanilla", "somewhere"], "There is no folder somewhere."),
+        (["--train_dataset", "nowhere.jsonl", "--baselines", "vanilla"], "There is no file nowhere.jsonl"),
     ],
 )
 def test_wrong_arguments_are_one_line(planted, folders, capsys, arguments, message):
@@ -195,7 +200,9 @@ def test_wrong_arguments_are_one_line(planted, folders, capsys, arguments, messa
 
 
 def test_baselines_need_pairs_to_train_on(planted, folders, capsys):
-    code, _, err = evaluate(capsys, planted, "--dataset_name", folders / "planted/test.jsonl", "--baselines", "pooled")
+    code, _, err = evaluate(
+        capsys, planted, "--dataset_name", folders / "planted/test.jsonl", "--baselines", "vanilla"
+    )
     assert code == 1
     assert "give them with `--train_dataset`" in err
     assert evaluate(capsys, planted, "--dataset_name", folders / "planted/test.jsonl")[0] == 0

@@ -5,10 +5,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from trl import DPOTrainer
 
-from trl_personal.evaluation.saved_settings import read_log_history, read_training_settings
 from trl_personal.evaluation.scoring import score_pairs
-from trl_personal.evaluation.trained_model import make_scoring_trainer
+from trl_personal.evaluation.trained_model import (
+    PAIRS,
+    make_scoring_trainer,
+    read_log_history,
+    read_training_settings,
+)
 
 
 SETTINGS = {"beta": 0.3, "max_length": 12, "ld_alpha": 0.5, "max_steps": 3, "learning_rate": 0.02}
@@ -29,12 +34,12 @@ def saved(make_trainer, tmp_path):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_loaded_folder_scores_as_the_trainer_did(saved, preferences, model_dirs, lora):
     trainer, folder = saved(lora=lora, per_device_eval_batch_size=8)
-    strangers = preferences.from_list([*preferences, {**preferences[0], "user_id": "stranger"}])
-    expected = score_pairs(trainer, strangers)
+    with_unknown = preferences.from_list([*preferences, {**preferences[0], "user_id": "zoe"}])
+    expected = score_pairs(trainer, with_unknown)
     loaded = make_scoring_trainer(
-        folder, strangers, read_training_settings(folder), ref_model=None if lora else model_dirs["gptj"]
+        folder, with_unknown, read_training_settings(folder), ref_model=None if lora else model_dirs["gptj"]
     )
-    found = score_pairs(loaded, loaded.train_dataset)
+    found = score_pairs(loaded, PAIRS)
     assert list(loaded.user_vocab) == ["ann", "bo"]
     for name in ("own", "generic", "swapped"):
         np.testing.assert_allclose(found.margins[name], expected.margins[name], atol=1e-5)
@@ -47,9 +52,38 @@ def test_a_folder_without_users_is_scored_too(saved, preferences):
     trainer, folder = saved(lora=True, user_model_kind="none")
     expected = score_pairs(trainer, preferences)
     loaded = make_scoring_trainer(folder, preferences, read_training_settings(folder))
-    np.testing.assert_allclose(
-        score_pairs(loaded, loaded.train_dataset).margins["own"], expected.margins["own"], atol=1e-5
-    )
+    np.testing.assert_allclose(score_pairs(loaded, PAIRS).margins["own"], expected.margins["own"], atol=1e-5)
+
+
+@pytest.mark.parametrize("prepares", ["trainer", "vanilla trainer"])
+def test_each_held_out_pair_is_tokenized_once(saved, preferences, monkeypatch, prepares):
+    """By the scoring trainer; two rows more make its train dataset, which the trainer insists on."""
+    _, folder = saved(lora=True, **({} if prepares == "trainer" else {"user_model_kind": "none"}))
+    prepared = []
+    prepare = DPOTrainer._prepare_dataset
+
+    def count(self, dataset, *args):
+        prepared.append(len(dataset))
+        return prepare(self, dataset, *args)
+
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", count)
+    loaded = make_scoring_trainer(folder, preferences, read_training_settings(folder))
+    score_pairs(loaded, PAIRS)
+    assert prepared == [2, 8]
+
+
+def test_rows_whose_prompt_is_too_long_are_left_out_even_if_they_come_first(saved, preferences):
+    _, folder = saved(lora=True)
+    long = {**preferences[0], "prompt": " ".join(["please"] * 12)}
+    loaded = make_scoring_trainer(folder, preferences.from_list([long, *preferences]), read_training_settings(folder))
+    assert score_pairs(loaded, PAIRS).rows.tolist() == list(range(1, 9))
+
+
+def test_rows_that_do_not_fit_the_positions_of_the_model_are_refused(saved, preferences):
+    _, folder = saved(lora=True)
+    long = {**preferences[0], "chosen": " " + " ".join(["yes"] * 62)}
+    with pytest.raises(ValueError, match="The model has 64 positions, but a row can need"):
+        make_scoring_trainer(folder, preferences.from_list([*preferences, long]), {"max_length": 100})
 
 
 def test_a_full_model_needs_its_reference(saved, preferences):

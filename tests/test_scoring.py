@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_personal.evaluation.scoring import score_pairs
+from trl_personal.evaluation import score_pairs
+from trl_personal.evaluation.scoring import with_row_numbers
 
 
 def sum_of_log_probs(model, row, answer, **kwargs):
@@ -34,8 +35,8 @@ def trained(make_trainer):
 
 
 def test_margins_equal_plain_forward_passes(trained, preferences):
-    strangers = preferences.select([0]).map(lambda row: {**row, "user_id": "stranger"})
-    rows = [*preferences, *strangers]
+    unknown = preferences.select([0]).map(lambda row: {**row, "user_id": "zoe"})
+    rows = [*preferences, *unknown]
     scored = score_pairs(trained, preferences.from_list(rows))
     trained.model.eval()
     prepared = [*trained.train_dataset, trained.train_dataset[0]]
@@ -96,23 +97,55 @@ def test_a_precomputed_reference_gives_the_same(make_trainer, preferences):
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-def test_swapped_users_may_be_given(make_trainer, preferences):
+@pytest.fixture
+def of_three(make_trainer):
     trainer = make_trainer(max_steps=3, trainer_kwargs={"user_vocab": ["ann", "bo", "cy"]})
     trainer.train()
-    as_next, as_given = (
-        score_pairs(trainer, preferences, swapped) for swapped in (None, {"ann": "cy", "bo": "ann", "cy": "bo"})
-    )
-    trainer.model.eval()
-    expected = [
-        margin_by_hand(trainer.model, trainer.ref_model, row, user_indices=torch.tensor([[3, 1][i % 2]]))
-        for i, row in enumerate(trainer.train_dataset)
-    ]
-    np.testing.assert_allclose(as_given.margins["swapped"], expected, atol=1e-4)
-    assert not np.allclose(as_given.margins["swapped"], as_next.margins["swapped"], atol=1e-4)
-    with pytest.raises(ValueError, match="1 users in `swapped_users` are not known to the model: \\['di'\\]"):
-        score_pairs(trainer, preferences, {"ann": "di"})
-    with pytest.raises(ValueError, match="its own prompt"):
-        score_pairs(trainer, preferences, {"ann": "ann"})
+    return trainer
+
+
+def test_swapped_is_the_next_user_and_opposite_the_one_who_was_named(of_three, preferences):
+    opposite = {"ann": "cy", "bo": "ann"}
+    scored, alone = (score_pairs(of_three, preferences, users) for users in (opposite, None))
+    of_three.model.eval()
+    for name, rows in (("swapped", (2, 3)), ("opposite", (3, 1))):  # of ann and of bo, who are in rows 1 and 2
+        expected = [
+            margin_by_hand(of_three.model, of_three.ref_model, row, user_indices=torch.tensor([rows[i % 2]]))
+            for i, row in enumerate(of_three.train_dataset)
+        ]
+        np.testing.assert_allclose(scored.margins[name], expected, atol=1e-4)
+    np.testing.assert_allclose(alone.margins["swapped"], scored.margins["swapped"], atol=1e-5)
+    assert not np.allclose(scored.margins["swapped"], scored.margins["opposite"], atol=1e-4)
+    assert list(alone.margins) == ["own", "generic", "swapped"]
+
+
+@pytest.mark.parametrize(
+    ("opposite", "message"),
+    [
+        ({"ann": "bo"}, "has nobody for 1 of 2 known users: \\['bo'\\]"),
+        ({"ann": "bo", "bo": "di"}, "1 users in `opposite_users` are not known to the model: \\['di'\\]"),
+        ({"ann": "ann", "bo": "ann"}, "user 'ann' is opposite to itself"),
+    ],
+)
+def test_each_known_user_has_another_one_as_opposite(of_three, preferences, opposite, message):
+    with pytest.raises(ValueError, match=message):
+        score_pairs(of_three, preferences, opposite)
+
+
+def test_a_prepared_dataset_is_scored_by_its_name_without_being_tokenized_again(
+    make_trainer, preferences, monkeypatch
+):
+    given = {"eval_dataset": {"pairs": with_row_numbers(preferences), "others": preferences.select([0])}}
+    trainer = make_trainer(max_steps=2, trainer_kwargs=given)
+    trainer.train()
+    by_dataset = score_pairs(trainer, preferences)
+    monkeypatch.setattr(trainer, "_prepare_dataset", None)
+    by_name = score_pairs(trainer, "pairs")
+    for name in ("own", "generic", "swapped"):
+        np.testing.assert_allclose(by_name.margins[name], by_dataset.margins[name], atol=1e-5)
+    assert by_name.rows.tolist() == by_dataset.rows.tolist()
+    assert (by_name.prompts, by_name.answers) == (by_dataset.prompts, by_dataset.answers)
+    assert len(score_pairs(trainer, "others").margins["own"]) == 1
 
 
 def test_rows_that_do_not_fit_are_counted_and_the_others_keep_their_number(make_trainer, preferences):
