@@ -71,3 +71,102 @@ def test_integer_ids_train_as_their_text(make_trainer, preferences):
     assert list(trainer.user_vocab) == ["10", "11"]
     users = torch.cat([batch["user_indices"] for batch in trainer.get_train_dataloader()])
     assert set(users.tolist()) == {1, 2}
+
+
+# --- Collators of the caller's own ------------------------------------------------------------------------------------
+
+INNER = DataCollatorForPreference(pad_token_id=0, max_length=4)
+VOCAB = UserVocab(["ann", "bo"])
+ROWS = [
+    {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6, 7], "user_id": "ann"},
+    {"prompt_ids": [1], "chosen_ids": [5], "rejected_ids": [6], "user_id": "bo"},
+    {
+        "prompt_ids": [1, 2],
+        "chosen_ids": [3],
+        "rejected_ids": [4, 5, 6, 8],
+        "user_id": "bo",
+    },  # cut, it equals the first
+    {"prompt_ids": [7, 7, 7], "chosen_ids": [8], "rejected_ids": [9], "user_id": None},
+]
+OWNERS = {(1, 2, 3): [1, 2], (1, 5): [2], (7, 7, 7, 8): [0], (1, 2, 4, 5): [1, 2], (1, 6): [2], (7, 7, 7, 9): [0]}
+
+
+class Sorted(DataCollatorForPreference):
+    """A subclass of TRL's, of which nothing is known either."""
+
+    def torch_call(self, examples):
+        return super().torch_call(sorted(examples, key=lambda example: len(example["prompt_ids"])))
+
+
+@pytest.mark.parametrize(
+    ("collator", "left_out"),
+    [
+        (lambda examples: INNER(examples[::-1]), []),
+        (Sorted(pad_token_id=0, max_length=4), []),
+        (
+            lambda examples: INNER([row for row in examples if len(row["prompt_ids"]) > 1] or examples),
+            [(1, 5), (1, 6)],
+        ),
+    ],
+    ids=["reversed", "sorted", "one left out"],
+)
+def test_users_follow_the_rows_of_a_collator_of_ones_own(collator, left_out):
+    """Two equal rows of two users are one another's: which of them comes first is the same to the loss."""
+    batch = DataCollatorForPersonalizedPreference(collator, VOCAB)(ROWS)
+    found = {}
+    for ids, user in zip(batch["input_ids"].tolist(), batch["user_indices"].tolist(), strict=True):
+        found.setdefault(tuple(i for i in ids if i), []).append(user)
+    expected = {tokens: users for tokens, users in OWNERS.items() if tokens not in left_out}
+    assert {tokens: sorted(users) for tokens, users in found.items()} == expected
+    chosen, rejected = batch["user_indices"].chunk(2)
+    assert torch.equal(chosen, rejected)
+
+
+def test_profiles_follow_the_rows_too():
+    rows = [{**row, "user_prompt_ids": [10 + place, *row["prompt_ids"]]} for place, row in enumerate(ROWS)]
+    batch = DataCollatorForPersonalizedPreference(lambda examples: INNER(examples[::-1]), VOCAB, row_collator=INNER)(
+        rows
+    )
+    for ids, profiled in zip(batch["input_ids"].tolist(), batch["user_input_ids"].tolist(), strict=True):
+        assert profiled[1 : 1 + min(3, len(ids) - 1)][:1] == ids[:1]
+    assert batch["user_input_ids"][:, 0].tolist() == [13, 10, 11, 12] * 2  # the first and the third are equal rows
+
+
+def test_a_row_twice_is_nobodys():
+    twice = DataCollatorForPersonalizedPreference(lambda examples: INNER(examples[:1] + examples), VOCAB)
+    with pytest.raises(ValueError, match="cannot be told which users the rows of the collator .*lambda.* belong to"):
+        twice(ROWS)
+
+
+def test_one_of_two_equal_rows_left_out_is_refused_where_it_matters():
+    pair = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    first = DataCollatorForPersonalizedPreference(lambda examples: INNER(examples[:1]), UserVocab(["ann", "bo"]))
+    assert first([{**pair, "user_id": "bo"}, {**pair, "user_id": "bo"}])["user_indices"].tolist() == [2, 2]
+    with pytest.raises(ValueError, match="cannot be told which users"):
+        first([{**pair, "user_id": "ann"}, {**pair, "user_id": "bo"}])
+
+
+@pytest.mark.parametrize("change", ["mask", "shift"])
+def test_rows_with_other_tokens_are_refused(change):
+    def collator(examples):
+        batch = INNER(examples)
+        if len(examples) > 1:  # such as words left out at random
+            batch["input_ids"] = batch["input_ids"] + 1 if change == "shift" else batch["input_ids"].clone()
+            batch["attention_mask"][:, 0] = 0 if change == "mask" else 1
+        return batch
+
+    with pytest.raises(ValueError, match="collator .*collator.* belong to.*`user_indices`"):
+        DataCollatorForPersonalizedPreference(collator, UserVocab(["ann", "bo"]))(ROWS)
+
+
+def test_a_collator_may_say_whose_its_rows_are():
+    def collator(examples):
+        return INNER(examples) | {"user_indices": torch.tensor([2, 1, 0, 2] * 2)}
+
+    personalized = DataCollatorForPersonalizedPreference(collator, VOCAB)
+    assert personalized(ROWS)["user_indices"].tolist() == [2, 1, 0, 2] * 2
+    short = DataCollatorForPersonalizedPreference(
+        lambda examples: INNER(examples) | {"user_indices": torch.tensor([1])}, VOCAB
+    )
+    with pytest.raises(ValueError, match=r"`user_indices` of shape \(1,\) for 8 rows"):
+        short(ROWS)

@@ -1,5 +1,6 @@
 """Batches of preferences that know their users."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ class DataCollatorForPersonalizedPreference:
     """
     Any collator, with `user_indices` added: LongTensor `(rows_per_example * batch,)`, the row of the user table for each row
     of `input_ids`. A batch of preferences has the chosen rows first, then the rejected ones.
+
+    A collator of your own may put the examples into another order, or leave some out: the users follow their rows. It may also
+    say itself whose each row is, in `user_indices`.
 
     TRL hands every key of a batch that it does not know to the model, and so `user_indices` reaches the model's forward pass
     by itself ([`~models.soft_prompt.SoftPromptInsertion`] takes it there).
@@ -66,15 +70,66 @@ class DataCollatorForPersonalizedPreference:
     rows_per_example: int = 2
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = self.user_vocab.encode([example.get(self.user_id_column) for example in examples])
+        """
+        A batch of `examples`.
+
+        Raises:
+            `ValueError`: if `collator` returns rows that cannot be followed back to the examples, or its own `user_indices` are
+            not one for each row.
+        """
         batch = self.collator(examples)
-        batch["user_indices"] = torch.tensor(rows).repeat(self.rows_per_example)
-        with_profiles = self._rows_with_profiles(examples) if USER_PROMPT_IDS in examples[0] else {}
+        if "user_indices" not in batch:
+            if not type(self.collator).__module__.startswith("trl.trainer."):  # those of TRL keep the order
+                examples = self._in_order_of_rows(examples, batch)
+            rows = self.user_vocab.encode([example.get(self.user_id_column) for example in examples])
+            batch["user_indices"] = torch.tensor(rows).repeat(self.rows_per_example)
+        elif USER_PROMPT_IDS in examples[0] or batch["user_indices"].shape != batch["input_ids"].shape[:1]:
+            raise ValueError(
+                f"The collator {self._collator_name()} returns `user_indices` of shape {tuple(batch['user_indices'].shape)} for "
+                f"{len(batch['input_ids'])} rows. Give one for each row (with `user_profile_column`, give none: profiles go by "
+                "the examples)."
+            )
+        with_profiles = self._rows_with_profiles(examples) if examples and USER_PROMPT_IDS in examples[0] else {}
         for prefix, rows_of in ("", batch), ("user_", with_profiles):
             packed = self.packer(rows_of) if self.packer is not None and rows_of else None
             if packed is not None:
                 batch[f"{prefix}packed_pairs"] = packed
         return batch | {f"user_{name}": values for name, values in with_profiles.items()}
+
+    def _in_order_of_rows(self, examples: list[dict[str, Any]], batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The example of each row of a batch, found by its tokens, which are the same as in a batch of its own."""
+        waiting: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+        for example in examples:
+            for tokens in self._tokens_of_rows(self.collator([example])):
+                waiting[tokens].append(example)
+        found = self._tokens_of_rows(batch)
+        ordered = [waiting[tokens].pop(0) for tokens in found if waiting[tokens]]
+        is_clear = len(ordered) == len(found) and not any(
+            # where one of two equal rows was left out, the other may belong to either user
+            other.get(self.user_id_column) != example.get(self.user_id_column)
+            for tokens, example in zip(found, ordered, strict=False)
+            for other in waiting[tokens]
+        )
+        if not is_clear:
+            raise ValueError(
+                f"It cannot be told which users the rows of the collator {self._collator_name()} belong to: they are not the "
+                f"rows of its {len(examples)} examples. Let it return the same tokens for an example as in a batch of one, in "
+                "any order, or let it add `user_indices` itself: for each row of `input_ids` the row of its user, "
+                "`trainer.user_vocab.encode(user_ids)`."
+            )
+        return ordered
+
+    def _tokens_of_rows(self, batch: dict[str, Any]) -> list[tuple[tuple[int, ...], ...]]:
+        """For each example of a batch the tokens of its rows, without padding."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        rows = [tuple((row if mask is None else row[mask[number].bool()]).tolist()) for number, row in enumerate(ids)]
+        num_examples = len(rows) // self.rows_per_example
+        return list(
+            zip(*(rows[k * num_examples : (k + 1) * num_examples] for k in range(self.rows_per_example)), strict=True)
+        )
+
+    def _collator_name(self) -> str:
+        return getattr(self.collator, "__qualname__", type(self.collator).__qualname__)
 
     def _rows_with_profiles(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = []
