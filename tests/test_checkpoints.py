@@ -29,7 +29,7 @@ from trl_personal import (
     UserVocab,
 )
 from trl_personal.models.loading import check_fingerprints
-from trl_personal.training.checkpoints import _last_whole_checkpoint
+from trl_personal.training.run_folder import checkpoint_to_resume
 
 
 BOTH = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -196,9 +196,52 @@ def test_the_last_checkpoint_is_the_one_with_the_highest_number(make_trainer, tm
     assert resumed.state.global_step == 2
 
 
-def test_resuming_without_any_whole_checkpoint_says_so(make_trainer):
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        make_trainer().train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("damage", ["no checkpoint", "cut off", "state missing"])
+def test_resuming_without_any_whole_checkpoint_starts_afresh_and_says_so(make_trainer, tmp_path, caplog, damage):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    straight = make_trainer(**settings)
+    straight.train()
+    expected = {name: value.clone() for name, value in straight.model.state_dict().items()}
+    state = tmp_path / "out/checkpoint-2/trainer_state.json"
+    if damage == "no checkpoint":
+        shutil.rmtree(tmp_path / "out")
+    elif damage == "cut off":
+        state.write_text(state.read_text()[:50])
+    else:
+        state.unlink()
+    again = make_trainer(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert "There is no whole checkpoint" in caplog.text
+    assert "training starts afresh" in caplog.text
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_second_run_in_the_same_folder_stops_and_touches_nothing(make_trainer, tmp_path):
+    """While the first one trains: two would replace and delete each other's checkpoints."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    found = []
+
+    class StartAnother(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+            with pytest.raises(RuntimeError, match="Another run is training in .*give this one another `output_dir`"):
+                make_trainer(**settings).train()
+            after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+            found.append(after.keys() - before.keys() | before.keys() - after.keys())
+
+    make_trainer(**settings, trainer_kwargs={"callbacks": [StartAnother()]}).train()
+    assert found == [set(), set()]
+    assert not list((tmp_path / "out").glob(".*lock"))
+    make_trainer(**settings).train()  # afterwards the folder is free
+
+
+def test_a_run_that_starts_afresh_tells_of_the_checkpoints_of_another(make_trainer, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(**settings).train()
+    assert "earlier run" not in caplog.text
+    make_trainer(**settings).train()
+    assert "holds 2 checkpoints of an earlier run" in caplog.text
 
 
 def test_resuming_a_plain_checkpoint_or_other_users_is_refused(make_trainer, preferences, tmp_path):
@@ -523,7 +566,7 @@ def test_twenty_kills_at_random_moments_leave_something_to_resume_from(model_dir
         assert process.poll() is None, process.stderr.read()[-2000:]
         process.send_signal(signal.SIGKILL)
         process.wait()
-        whole = _last_whole_checkpoint(output_dir)
+        whole = checkpoint_to_resume(output_dir)
         assert whole is not None
         assert AutoPersonalizedModelForCausalLM.from_pretrained(whole).user_vocab is not None
     last = max(steps()) + 2

@@ -72,7 +72,16 @@ def test_parses_from_the_command_line(tmp_path):
     [
         ({"personalization_alpha": 1.1}, r"`personalization_alpha` must lie in \[0, 1\], got 1.1"),
         ({"personalization_alpha": -0.1}, r"`personalization_alpha` must lie in \[0, 1\], got -0.1"),
-        ({"personalization_alpha": float("nan")}, "`personalization_alpha` must lie in"),
+        ({"personalization_alpha": float("nan")}, "`personalization_alpha` must be a finite number, got nan"),
+        ({"user_learning_rate": float("inf")}, "`user_learning_rate` must be a finite number, got inf"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number, got nan"),
+        ({"beta": float("-inf")}, "`beta` must be a finite number, got -inf"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float("nan")]},
+            "`loss_weights` must be a finite number",
+        ),
+        ({"max_grad_norm": float("nan")}, "`max_grad_norm` must be a finite number"),
+        ({"on_divergence": "ignore"}, "`on_divergence` must be one of"),
         ({"num_virtual_tokens": 0}, "`num_virtual_tokens` must be at least 1, got 0"),
         ({"num_virtual_tokens": -3}, "`num_virtual_tokens` must be at least 1, got -3"),
         ({"num_clusters": 0}, "`num_clusters` must be at least 1, got 0"),

@@ -33,6 +33,7 @@ OVERRIDDEN = [
     "evaluate",
     "get_eval_dataloader",
     "log",
+    "predict",
     "save_model",
     "train",
     "training_step",
@@ -83,7 +84,8 @@ def test_upstream_calls_our_overrides(make_trainer, preferences, monkeypatch):
     }  # fmt: skip
     make_trainer(**settings).train()
     make_trainer(**settings | {"max_steps": 3}).train(resume_from_checkpoint=True)
-    make_trainer(precompute_ref_log_probs=True)
+    trainer = make_trainer(precompute_ref_log_probs=True)
+    trainer.predict(trainer.train_dataset)
     assert set(calls) == set(OVERRIDDEN), f"no longer called: {set(OVERRIDDEN) - set(calls)}"
 
 

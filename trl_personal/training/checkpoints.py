@@ -1,6 +1,5 @@
 """Saving, resuming and the best model of a run with users: a set of overrides that hold together."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..files import checkpoints_newest_first, read_json
 from ..models.loading import check_fingerprints, find_user_model, load_user_model, reload_renamed_weights
 from ..models.saving import USER_MODEL_FOLDER, full_user_state, save_user_model, set_user_state
 from ..user_models import UserModel
 from ..users import UserVocab
 from .model_card import add_users_section
-
-
-logger = logging.getLogger(__name__)
+from .run_folder import checkpoint_to_resume, only_run_in, warn_of_earlier_run
 
 
 class CheckpointsMixin(Trainer):
@@ -34,10 +30,20 @@ class CheckpointsMixin(Trainer):
     user_vocab: UserVocab | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
-        if resume_from_checkpoint is True and self.user_model is not None:
-            resume_from_checkpoint = _last_whole_checkpoint(Path(str(self.args.output_dir))) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """
+        As in transformers. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end, and starts
+        afresh with a warning if there is none.
+
+        Raises:
+            `RuntimeError`: if another run is training in `output_dir`.
+        """
+        folder = Path(str(self.args.output_dir))
+        with only_run_in(folder, self.is_world_process_zero()):
+            if self.user_model is not None and resume_from_checkpoint is True:
+                resume_from_checkpoint = checkpoint_to_resume(folder)
+            elif self.user_model is not None and not resume_from_checkpoint:
+                warn_of_earlier_run(folder)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers. Where FSDP2 or ZeRO-3 may write shards only, the user model is gathered and written here."""
@@ -88,15 +94,3 @@ class CheckpointsMixin(Trainer):
             alpha = self.args.personalization_alpha
             card.text = add_users_section(card.text, self.hub_model_id, self.user_model, alpha)
             card.save(path)
-
-
-def _last_whole_checkpoint(output_dir: Path) -> str | None:
-    """The last checkpoint with a readable `trainer_state.json`, which is written last; a warning for those passed over."""
-    for path in checkpoints_newest_first(output_dir):
-        try:
-            read_json(path / "trainer_state.json")
-        except (FileNotFoundError, ValueError):
-            logger.warning("%s was not written to its end and is passed over.", path)
-        else:
-            return str(path)
-    return None

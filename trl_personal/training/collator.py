@@ -74,8 +74,8 @@ class DataCollatorForPersonalizedPreference:
         A batch of `examples`.
 
         Raises:
-            `ValueError`: if `collator` returns rows that cannot be followed back to the examples, or its own `user_indices` are
-            not one for each row.
+            `ValueError`: if `collator` returns rows that cannot be followed back to the examples, or if its own `user_indices`
+            are not one for each row.
         """
         batch = self.collator(examples)
         if "user_indices" not in batch:
@@ -85,9 +85,9 @@ class DataCollatorForPersonalizedPreference:
             batch["user_indices"] = torch.tensor(rows).repeat(self.rows_per_example)
         elif USER_PROMPT_IDS in examples[0] or batch["user_indices"].shape != batch["input_ids"].shape[:1]:
             raise ValueError(
-                f"The collator {self._collator_name()} returns `user_indices` of shape {tuple(batch['user_indices'].shape)} for "
-                f"{len(batch['input_ids'])} rows. Give one for each row (with `user_profile_column`, give none: profiles go by "
-                "the examples)."
+                f"The collator {self._collator_name()} returns `user_indices` of shape {tuple(batch['user_indices'].shape)} "
+                f"for {len(batch['input_ids'])} rows. Give one for each row (with `user_profile_column`, give none: profiles "
+                "go by the examples)."
             )
         with_profiles = self._rows_with_profiles(examples) if examples and USER_PROMPT_IDS in examples[0] else {}
         for prefix, rows_of in ("", batch), ("user_", with_profiles):

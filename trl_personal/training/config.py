@@ -1,5 +1,6 @@
 """Settings of the trainers: TRL's, and a few of users."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ from ..user_profile import USER_PROFILE_TEMPLATE, check_user_profile_template
 
 GENERIC_TERMS = ("exact", "sampled")
 SHARE_PREFIX = ("auto", "always", "never")
+ON_DIVERGENCE = ("stop", "warn")
+MAY_BE_INFINITE = {"max_grad_norm"}  # no clipping
 
 
 @dataclass
@@ -45,6 +48,9 @@ class PersonalizationConfig:
             Column with the user of each row, text or integers. `None` is the generic user.
         user_learning_rate (`float`, *optional*):
             Learning rate of the user model; the language model's `learning_rate` if it is not set.
+        on_divergence (`str`, *optional*, defaults to `"stop"`):
+            What happens when weights or users' rows are no finite numbers any more: `"stop"` ends the run with an error that
+            says which and since when, `"warn"` goes on.
     """
 
     user_model_kind: str = field(
@@ -86,7 +92,16 @@ class PersonalizationConfig:
         default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if it is not set."}
     )
 
+    on_divergence: str = field(
+        default="stop",
+        metadata={
+            "help": "Whether a run stops or goes on with a warning when its weights are no finite numbers any more.",
+            "choices": list(ON_DIVERGENCE),
+        },
+    )
+
     def __post_init__(self) -> None:
+        _check_finite(self)
         super().__post_init__()  # type: ignore[misc]
         if not 0.0 <= self.personalization_alpha <= 1.0:
             raise ValueError(f"`personalization_alpha` must lie in [0, 1], got {self.personalization_alpha}.")
@@ -96,6 +111,7 @@ class PersonalizationConfig:
         if self.user_model_kind != "none":
             get_user_model_class(self.user_model_kind)
         _check_choice("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
+        _check_choice("on_divergence", self.on_divergence, ON_DIVERGENCE)
         _check_choice("generic_term", self.generic_term, GENERIC_TERMS)
         if (self.soft_prompt_init == "text") != (self.soft_prompt_init_text is not None):
             raise ValueError(
@@ -156,6 +172,17 @@ class PersonalizedDPOConfig(PersonalizationConfig, DPOConfig):
                 'prompts. Use "exact", or train without profiles.'
             )
         check_user_profile_template(self.user_profile_template)
+
+
+def _check_finite(config: Any) -> None:
+    """Refuse `nan` and `inf` in any setting, TRL's among them: they train without an error, and ruin the weights."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(number, float) or math.isfinite(number):
+                continue
+            if math.isnan(number) or setting.name not in MAY_BE_INFINITE:
+                raise ValueError(f"`{setting.name}` must be a finite number, got {value!r}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,30 +6,30 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.attach import attach_user_model
-from ..user_column import AnyDataset, check_user_column
+from ..user_column import AnyDataset
 from ..user_models import UserModel
 from ..users import GENERIC_USER_INDEX, UserVocab
 from .checkpoints import CheckpointsMixin
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizationConfig
+from .divergence import DivergenceCallback
 from .optimizer import add_user_group, move_to_user_group, user_group
 from .run_users import (
     EvalDatasets,
     check_settings,
-    check_user_ids,
     choose_users,
     make_user_model,
     refuse_prompt_learning,
     take_known_users,
 )
+from .scored_evaluation import ScoredEvaluationMixin
 from .terms import TERMS, Term
-from .user_metrics import MarginRecorder, metrics_under, scored_outputs, swapped_user_indices
+from .user_metrics import metrics_under, scored_outputs
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SCORERS = {"": "own", "generic/": "generic"}  # what a pair is scored with in each term, by the term's prefix
 
 
-class PersonalizedTrainerMixin(CheckpointsMixin):
+class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
     """
     In front of a trainer of TRL, this makes each example belong to a user. It calls `super()` and changes what goes in or
     comes out; nothing of TRL is copied.
@@ -83,7 +83,7 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
         **kwargs: Any,
     ) -> None:
         self.user_model, self.user_vocab = None, None
-        self.margin_recorder: MarginRecorder | None = None
+        self.margin_recorder = None
         personalized = args.user_model_kind != "none"
         if personalized:
             refuse_prompt_learning(model, peft_config)
@@ -105,14 +105,12 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
             peft_config=peft_config,
             **kwargs,
         )
+        self.divergence = DivergenceCallback(stops=args.on_divergence == "stop")
+        self.add_callback(self.divergence)
         if personalized:
             self._attach(vocab, user_model)
 
     # --- What differs between trainers ----------------------------------------------------------------------------------
-
-    def pair_margins(self, batch: dict[str, Any], output: Tensor) -> Tensor:
-        """The margin of each example, `(batch,)`, above zero if it comes out right, from the model's `scored_output`."""
-        raise NotImplementedError
 
     def prepare_batch(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as the loss shall see it, before the reference is computed."""
@@ -126,22 +124,11 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
         """The batch of the generic user's term."""
         return {**batch, "user_indices": torch.full_like(batch["user_indices"], GENERIC_USER_INDEX)}
 
-    def check_columns(self, args: PersonalizationConfig, dataset: AnyDataset, name: str) -> None:
-        """Refuse a dataset without the columns that this trainer reads beside TRL's."""
-        check_user_column(dataset, args.user_id_column, name)
-
     def make_collator(self, user_vocab: UserVocab) -> DataCollatorForPersonalizedPreference:
         """The trainer's collator, which also says whose each row is."""
         return DataCollatorForPersonalizedPreference(
             self.data_collator, user_vocab, self.args.user_id_column, rows_per_example=self.rows_per_example
         )
-
-    def other_users(self) -> dict[str, Tensor]:
-        """Scorers of an evaluation beside the user's own prompt and the generic one, for a [`MarginRecorder`]."""
-        num_users = len(self.user_vocab or ())
-        if num_users < 2:
-            return {}
-        return {"swapped": swapped_user_indices(torch.arange(num_users + 1), num_users)}
 
     # --- Set-up -------------------------------------------------------------------------------------------------------
 
@@ -151,20 +138,13 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
         processing_class: Any = self.processing_class
         return getattr(processing_class, "tokenizer", processing_class)
 
-    def _check_dataset(self, args: PersonalizationConfig, dataset: Any, name: str) -> None:
-        if isinstance(dataset, (Dataset, IterableDataset)):
-            self.check_columns(args, dataset, name)
-
-    def _check_eval_datasets(self, args: PersonalizationConfig, eval_dataset: EvalDatasets | None) -> None:
-        for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}).items():
-            self._check_dataset(args, dataset, name)
-            check_user_ids(args, dataset, name)
-
     def _attach(self, user_vocab: UserVocab, user_model: UserModel | None) -> None:
         """Attach the user model. After TRL's own set-up, whose reference, precomputation and hash must not see users."""
         tokenizer = self.tokenizer_of_text
         if user_model is None:
             user_model = make_user_model(self.args, len(user_vocab), self.model, tokenizer, self.args.seed)
+        if self.args.user_learning_rate == 0:
+            user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
         self.user_model, self.user_vocab = user_model, user_vocab
         if not isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
@@ -212,7 +192,13 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers, with a backward pass for each term of the loss: only one has its activations in memory."""
         if self.user_model is None or not self._may_take_several_backward_passes():
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            loss = self._step_of_terms(model, inputs, *args, **kwargs)
+        self.divergence.see_loss(loss, self.state.global_step + 1)
+        return loss
+
+    def _step_of_terms(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         model.train()
         loss: Any = 0.0
         with self._reference_in_batch(self.prepare_batch(model, self._prepare_inputs(inputs))) as batch:
@@ -287,49 +273,6 @@ class PersonalizedTrainerMixin(CheckpointsMixin):
             yield inputs
         finally:
             trainer.precompute_ref_logps = precomputed
-
-    # --- Metrics ------------------------------------------------------------------------------------------------------
-
-    def _record(self, model: nn.Module, batch: dict[str, Any], margins: dict[str, Tensor]) -> None:
-        """Evaluation: how pairs come out with each scorer, those of other users among them."""
-        if self.margin_recorder is None:
-            self.margin_recorder = MarginRecorder(self.other_users())
-        if self.user_model is None:
-            self.margin_recorder.add(self.accelerator.gather_for_metrics(margins))
-            return
-        users = batch["user_indices"]
-        for name, rows in self.margin_recorder.other_users.items():
-            other = {**batch, "user_indices": rows.to(users.device)[users]}
-            with metrics_under(self, None), scored_outputs(self.model, self.scored_output) as scored:
-                super().compute_loss(model, dict(other))
-            margins = {**margins, name: self.pair_margins(other, scored[0])}
-        users = users[: len(users) // self.rows_per_example]
-        self.margin_recorder.add(*self.accelerator.gather_for_metrics((margins, users)))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in transformers. The recorder of margins keeps the prepared dataset, to know which rows truncation left."""
-        if self.margin_recorder is not None:
-            datasets: Any = self.eval_dataset
-            named = datasets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-            self.margin_recorder.see(datasets if named is None else named)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL; at the end of an evaluation with the accuracy over users."""
-        if self.user_model is not None and self.margin_recorder is not None and not self.model.training:
-            trainer: Any = self
-            recorder, self.margin_recorder = self.margin_recorder, None  # the next evaluation counts its own pairs
-            trainer._metrics["eval"].update({name: [value] for name, value in recorder.metrics().items()})
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in TRL. A dataset passed here is checked for its users first."""
-        if self.user_model is not None:
-            if self.margin_recorder is not None and len(self.margin_recorder):
-                self.margin_recorder = None  # holds the pairs of `predict`, which logs nothing
-            if not isinstance(eval_dataset, str):
-                self._check_eval_datasets(self.args, eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
 
 
 def _let_ddp_take_several_passes(args: Any) -> None:

@@ -1,0 +1,102 @@
+"""Stops a run whose weights are no numbers any more, before they are saved over those that were."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+class DivergenceCallback(TrainerCallback):
+    """
+    Looks at the trained weights before anything is logged, evaluated or saved, at the end of training, and after a step whose
+    loss was not finite. (A loss alone that is not finite stops nothing: with float16, such a step is left out.)
+
+    Args:
+        stops (`bool`): Whether to raise; otherwise the run goes on after a warning.
+    """
+
+    def __init__(self, stops: bool) -> None:
+        self.stops = stops
+        self.first_bad_loss: int | None = None  # the step
+        self.last_good_step: int | None = None
+        self._looks_bad, self._has_warned = False, False
+
+    def see_loss(self, loss: Tensor, step: int) -> None:
+        """Take note of the loss of a batch in `step`, which is under way."""
+        if not torch.isfinite(loss).all():
+            self._looks_bad = True
+            self.first_bad_loss = step if self.first_bad_loss is None else self.first_bad_loss
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier call of `train`."""
+        self.first_bad_loss, self.last_good_step = None, state.global_step
+        self._looks_bad = self._has_warned = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Look at the weights, if it is time.
+
+        Raises:
+            `FloatingPointError`: if one of them is not finite.
+        """
+        ends = state.global_step >= state.max_steps
+        if self._looks_bad or ends or control.should_log or control.should_save or control.should_evaluate:
+            self._check(kwargs["model"], state.global_step)
+
+    def _check(self, model: nn.Module, step: int) -> None:
+        self._looks_bad = False
+        found = describe_nonfinite(model)
+        if found is None:
+            self.last_good_step, self.first_bad_loss = step, None
+            return
+        loss = "" if self.first_bad_loss is None else f"; the loss was not finite in step {self.first_bad_loss}"
+        text = (
+            f"The training has diverged: after step {step}, {found} are not finite. The weights were finite after step "
+            f"{self.last_good_step}{loss}. Lower `learning_rate` or `user_learning_rate`, or set `max_grad_norm`; resume from "
+            'a checkpoint of before. (`on_divergence="warn"` goes on.)'
+        )
+        if self.stops:
+            raise FloatingPointError(text)
+        if not self._has_warned:
+            logger.warning(text)
+        self._has_warned = True
+
+
+def describe_nonfinite(model: nn.Module) -> str | None:
+    """
+    How many trained tensors of the language model and how many rows of users have values that are not finite, in words;
+    `None` if all are finite. Sharded tensors are looked at where they are.
+
+    ```python
+    >>> model = nn.Linear(2, 3)
+    >>> describe_nonfinite(model)
+    >>> _ = model.weight.data[1].fill_(torch.nan)
+    >>> describe_nonfinite(model)
+    '1 of 2 trained tensors (weight the first)'
+    ```
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    bad = [name for name, parameter in named if not _is_finite(parameter).all()]
+    if not bad:
+        return None
+    rows = {name: p for name, p in named if name in bad and "user_model." in name}
+    text = f"{len(bad)} of {len(named)} trained tensors ({bad[0]} the first)"
+    counts = [
+        f"{int((~_is_finite(p).flatten(1).all(dim=1)).sum())} rows of {name}" for name, p in rows.items() if p.ndim > 1
+    ]
+    return f"{text}, among them {' and '.join(counts)}," if counts else text
+
+
+def _is_finite(parameter: Tensor) -> Tensor:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.detach().isfinite()
