@@ -592,6 +592,20 @@ MUTATIONS = [
         ("checkpoints",),
     ),
     Mutation(
+        "a class that was put on top is taken off in place of ours",
+        "models/mixins.py",
+        "    if added is mixin:\n        return replaced\n",
+        "    if issubclass(cls, mixin):\n        return cls.__bases__[1]\n",
+        ("attach",),
+    ),
+    Mutation(
+        "a personalized model is pickled as a plain one",
+        "models/mixins.py",
+        "return _new, (cls, *reversed(mixins)), self.__dict__",
+        "return _new, (cls,), self.__dict__",
+        ("threads",),
+    ),
+    Mutation(
         "position of the soft prompt not saved",
         "models/saving.py",
         "bos_token_id=causal_lm._soft_prompt_insertion.bos_token_id,",
