@@ -13,12 +13,12 @@ from torch import nn
 
 def add_mixin(module: nn.Module, mixin: type) -> None:
     """Let the methods of `mixin` come first in `module`, and in no other object of its class."""
-    module.__class__ = _with_mixin(mixin, type(module))
+    module.__class__ = _with_mixin(mixin, module.__class__)  # type: ignore[arg-type]
 
 
 def remove_mixin(module: nn.Module, mixin: type) -> None:
     """Undo [`add_mixin`], also where another class has been put on top of it since: that one stays."""
-    module.__class__ = _without_mixin(mixin, type(module))
+    module.__class__ = _without_mixin(mixin, module.__class__)  # type: ignore[arg-type]
 
 
 @cache

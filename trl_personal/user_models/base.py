@@ -2,8 +2,10 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -12,8 +14,10 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import read_json, replaced_file, write_atomically
+from ..users import GENERIC_USER_INDEX
 
 
 CONFIG_FILE = "user_model_config.json"
@@ -82,8 +86,9 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
     Maps user indices to soft prompts (the implicit user model f of arXiv 2402.05133).
 
     A subclass needs `__init__(config)` and `forward(user_indices)`, and a name through [`register_user_model`]. Row
-    `GENERIC_USER_INDEX` (0) of every table is the generic user. Tables are best an `nn.Embedding`: bitsandbytes
-    optimizers keep 32-bit state for those only. Weights are float32; the soft prompt is cast where it is used.
+    `GENERIC_USER_INDEX` (0) of every table is the generic user. Make tables an `nn.Embedding` with a row per user: then
+    [`resize`], [`keep_rows`], [`get_rows`] and [`set_rows`] work as they are, and bitsandbytes optimizers keep 32-bit state
+    for them. Weights are float32; the soft prompt is cast where it is used.
     """
 
     kind: ClassVar[str]
@@ -92,6 +97,7 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
     def __init__(self, config: UserModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._names_of_rows: frozenset[str] | None = None
         self._hub_mixin_config = None  # the config has a file of its own, so the mixin shall not write `config.json`
 
     @abstractmethod
@@ -106,27 +112,160 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         `draw(n)` returns `n` initial prompts, `(n, num_virtual_tokens, token_dim)`, as `soft_prompt_init` says.
         """
 
+    def row_tables(self) -> dict[str, nn.Embedding]:
+        """
+        The tables whose row `u` belongs to user `u`, by the names of the modules. Everything else is shared by all users.
+
+        A table counts if it has one row more in a user model of one more user. (An `nn.Embedding` of something else may
+        happen to have as many rows.)
+
+        ```python
+        >>> from trl_personal import IndividualUserModel
+        >>> IndividualUserModel(UserModelConfig(num_users=2, num_virtual_tokens=3, token_dim=4)).row_tables()
+        {'user_offsets': Embedding(3, 12, padding_idx=0)}
+        ```
+
+        Raises:
+            `ValueError`: if a parameter or buffer with a row per user is not the weight of an `nn.Embedding`.
+        """
+        tables = {}
+        for name in sorted(self._names_with_rows()):
+            module_name, _, attribute = name.rpartition(".")
+            module = self.get_submodule(module_name)
+            if not isinstance(module, nn.Embedding) or attribute != "weight":
+                raise ValueError(
+                    f"`{name}` of {type(self).__name__} has a row per user, but is not the weight of an `nn.Embedding`. Make "
+                    "it one, or override `row_tables`, `get_rows` and `set_rows`."
+                )
+            tables[module_name] = module
+        return tables
+
     @torch.no_grad()
+    def get_rows(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """
+        The rows of users, in the order of `indices`: for each of [`row_tables`] a float32 copy `(n, width)` on the CPU.
+
+        Where FSDP2 has sharded the tables, every rank must call it.
+
+        Raises:
+            `ValueError`: if an index is not one of 0 (the generic user) to `num_users`.
+        """
+        rows = torch.tensor(self._checked_indices(indices, first=GENERIC_USER_INDEX), dtype=torch.long)
+        whole = {name: _whole(table.weight) for name, table in self.row_tables().items()}
+        return {name: weight[rows.to(weight.device)].float().cpu() for name, weight in whole.items()}
+
+    @torch.no_grad()
+    def set_rows(self, indices: Sequence[int] | Tensor, rows: Mapping[str, Tensor]) -> None:
+        """
+        Replace the rows of users by others, such as those that [`get_rows`] read from a model with the same shared
+        parameters. All is checked before anything is written. Where FSDP2 has sharded the tables, every rank must call it.
+
+        Args:
+            indices (`list[int]` or `LongTensor` `(n,)`): The users, 1 to `num_users`. The generic user's row 0 is refused: it
+                is every unknown user's, and in some kinds part of every user.
+            rows (`dict[str, Tensor]`): New rows `(n, width)` by the names of [`row_tables`], all of them.
+
+        Raises:
+            `ValueError`: if an index is out of range or listed twice, or if names, shapes or numbers do not fit.
+        """
+        numbers = self._checked_indices(indices, distinct=True)
+        tables = self.row_tables()
+        if set(rows) != set(tables):
+            raise ValueError(
+                f"A user of {type(self).__name__} has rows in {sorted(tables)}, got rows of {sorted(rows)}. Read them with "
+                "`get_rows` from a user model of the same kind."
+            )
+        for name, table in tables.items():
+            shape = (len(numbers), *table.weight.shape[1:])
+            if tuple(rows[name].shape) != shape:
+                raise ValueError(f"Rows of `{name}` must have shape {shape}, got {tuple(rows[name].shape)}.")
+            if not rows[name].isfinite().all():
+                raise ValueError(f"Rows of `{name}` must be finite, but hold NaN or infinity.")
+        for name, table in tables.items():
+            weight = _whole(table.weight)
+            weight[torch.tensor(numbers, dtype=torch.long, device=weight.device)] = rows[name].to(weight)
+            if isinstance(table.weight, DTensor):
+                table.weight.copy_(distribute_tensor(weight, table.weight.device_mesh, table.weight.placements))
+
+    def keep_rows(self, indices: Sequence[int] | Tensor) -> Self:
+        """
+        A user model of these users only, who become 1 to n in the order given. The generic user stays row 0, and shared
+        parameters, dtypes, device, training mode and `requires_grad` are the same.
+
+        Raises:
+            `ValueError`: if an index is not one of 1 to `num_users`, or is listed twice.
+        """
+        return self._with_rows([GENERIC_USER_INDEX, *self._checked_indices(indices, distinct=True)])
+
     def resize(self, num_users: int) -> Self:
         """
-        A user model for `num_users` users: the rows of known users are copied, new ones start as in `__init__`.
+        A user model of `num_users` users: known users keep their rows, new ones start as in `__init__`. Shared parameters,
+        dtypes, device, training mode and `requires_grad` are the same.
 
         Raises:
             `ValueError`: if there would be fewer users than now.
         """
         if num_users < self.config.num_users:
-            raise ValueError(f"Cannot shrink a user model of {self.config.num_users} users to {num_users}.")
-        resized = type(self)(replace(self.config, num_users=num_users))
-        state = resized.state_dict()
-        for name, old in self.state_dict().items():
-            new = state[name]
-            if new.shape == old.shape:
-                new.copy_(old)
-            elif new.ndim == old.ndim and new.shape[1:] == old.shape[1:]:
-                new[: old.shape[0]] = old.to(new.device)
+            raise ValueError(
+                f"Cannot shrink a user model of {self.config.num_users} users to {num_users}. Name the users to keep, with "
+                "`keep_rows`."
+            )
+        return self._with_rows(range(self.config.num_users + 1), num_users)
+
+    @torch.no_grad()
+    def _with_rows(self, rows: Sequence[int], num_users: int | None = None) -> Self:
+        """A user model of `num_users` (default: of as many as there are rows) whose first rows are `rows` of this one."""
+        num_users = len(rows) - 1 if num_users is None else num_users
+        names, mine = self._names_with_rows(), _tensors(self)
+        other = type(self)(replace(self.config, num_users=num_users)).to(next(iter(mine.values())).device)
+        for name, tensor in _tensors(other).items():
+            old = _whole(mine[name])
+            tensor.data = tensor.data.to(old.dtype)
+            if name in names:
+                tensor[: len(rows)] = old[torch.tensor(rows, device=old.device)]
             else:
-                raise ValueError(f"{name} of {type(self).__name__} has no row per user; override `resize`.")
-        return resized.to(next(self.parameters()).device)
+                tensor.copy_(old)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(mine[name].requires_grad)
+        for name, module in other.named_modules():
+            module.training = self.get_submodule(name).training
+        return other
+
+    def _names_with_rows(self) -> frozenset[str]:
+        """Parameters and buffers with a row per user: those with one row more where there is one user more."""
+        if self._names_of_rows is None:
+            with torch.device("meta"):
+                now, more = (
+                    _tensors(type(self)(replace(self.config, num_users=self.config.num_users + extra)))
+                    for extra in (0, 1)
+                )
+            names = {name for name, tensor in now.items() if tensor.shape != more[name].shape}
+            for name in names:
+                if more[name].shape != (now[name].shape[0] + 1, *now[name].shape[1:]):
+                    raise ValueError(
+                        f"`{name}` of {type(self).__name__} grows with the number of users, but not by a row for each. "
+                        "Override `resize`, `keep_rows`, `row_tables`, `get_rows` and `set_rows`."
+                    )
+            self._names_of_rows = frozenset(names)
+        return self._names_of_rows
+
+    def _checked_indices(
+        self, indices: Sequence[int] | Tensor, first: int = GENERIC_USER_INDEX + 1, distinct: bool = False
+    ) -> list[int]:
+        numbers: list[Any] = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        last = self.config.num_users
+        wrong = [
+            n for n in numbers if not isinstance(n, Integral) or isinstance(n, bool) or not first <= int(n) <= last
+        ]
+        if wrong:
+            raise ValueError(
+                f"Users must be given by their rows, integers from {first} to {last}, got {wrong[:5]}. "
+                "`UserVocab.encode` turns ids into rows."
+            )
+        twice = sorted(n for n, count in Counter(numbers).items() if count > 1) if distinct else []
+        if twice:
+            raise ValueError(f"Each user may be listed once, got {twice[:5]} more than once.")
+        return [int(n) for n in numbers]
 
     def save_files(
         self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, **extra: object
@@ -210,6 +349,16 @@ def read_user_model_config(directory: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}. Upgrade with `pip install -U trl-personal`."
         )
     return values
+
+
+def _tensors(user_model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that are not saved."""
+    return {**dict(user_model.named_parameters()), **dict(user_model.named_buffers())}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or all of it if FSDP2 has sharded it: a copy, then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:

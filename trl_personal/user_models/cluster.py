@@ -59,5 +59,6 @@ class ClusterUserModel(UserModel):
     def resize(self, num_users: int) -> Self:
         resized = super().resize(num_users)
         # a new user starts as the generic user, not as an even mixture
-        resized.user_logits.weight[self.config.num_users + 1 :] = self.user_logits.weight[GENERIC_USER_INDEX]
+        weight = resized.user_logits.weight
+        weight[self.config.num_users + 1 :] = weight[GENERIC_USER_INDEX]
         return resized
