@@ -13,7 +13,6 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
-from statistics import mean
 
 import torch
 from measure import make_table, use_one_thread, write_results
@@ -25,7 +24,7 @@ from gptj_length import SMALL_RUN, warm_up
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.data import make_length_preferences
-from trl_personal.evaluation.answers import evaluate_by_user, opposite_users
+from trl_personal.evaluation import evaluate_trainer, opposite_users
 
 
 def train(model, tokenizer, dataset, seed, output_dir, **settings):
@@ -38,16 +37,15 @@ def train(model, tokenizer, dataset, seed, output_dir, **settings):
     cpu_seconds = time.process_time() - start
     preferences = dict(zip(dataset["train"]["user_id"], dataset["train"]["preference"], strict=True))
     test = dataset["test"].filter(lambda row: row["user_id"] in preferences)
-    own = evaluate_by_user(trainer, test)
-    swapped = evaluate_by_user(trainer, test, as_user=opposite_users(preferences))
-    accuracies = [metrics["eval_rewards/accuracies"] for metrics in own.values()]
+    report = evaluate_trainer(trainer, test, opposite_users=opposite_users(preferences)).report
+    of_users = report.groups["known"]
     return {
         "seed": seed,
-        "own": mean(accuracies),
-        "worst": min(accuracies),
-        "opposite": mean(metrics["eval_rewards/accuracies"] for metrics in swapped.values()),
-        "generic": mean(metrics["eval_generic/rewards/accuracies"] for metrics in own.values()),
-        "margin": mean(metrics["eval_rewards/margins"] for metrics in own.values()),
+        "own": of_users.accuracy["own"].value,
+        "worst": report.worst_user["own"],
+        "opposite": of_users.accuracy["opposite"].value,
+        "generic": of_users.accuracy["generic"].value,
+        "margin": args.beta * of_users.mean_margin["own"],
         "cpu_seconds": cpu_seconds,
     }
 

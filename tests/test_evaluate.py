@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import WORDS
 from datasets import Dataset
+from trl import DPOTrainer
 
 from trl_personal.cli import main
 from trl_personal.evaluation import evaluate_model
@@ -117,6 +118,20 @@ def test_planted_preferences_are_a_gain_and_the_files_agree(planted, folders, ca
     words = len(sample["answers"]["ann"].split()) + len(found["samples"][1]["answers"]["ann"].split())
     reference = sum(len(sample["reference"].split()) for sample in found["samples"])
     assert by_id["ann"]["length_drift"] == pytest.approx((words - reference) / 2)
+
+
+def test_each_held_out_pair_is_tokenized_once(planted, folders, monkeypatch):
+    rows = Dataset.from_json(str(folders / "planted/test.jsonl"))
+    prepared, prepare = [], DPOTrainer._prepare_dataset
+
+    def count(self, dataset, *args):
+        prepared.append(len(dataset))
+        return prepare(self, dataset, *args)
+
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", count)
+    evaluation = evaluate_model(str(planted), rows, opposite_column="preference", batch_size=32, disable_tqdm=True)
+    assert prepared == [2, len(rows)]  # the trainer insists on a train dataset: two rows
+    assert len(evaluation.pairs) == len(rows)
 
 
 @pytest.mark.slow

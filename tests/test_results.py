@@ -88,6 +88,8 @@ def test_without_preferences_or_answers(trainers, preferences):
     assert "accuracy_opposite" not in found["users"][0]
     with pytest.raises(ValueError, match="has no `taste` column"):
         evaluate_trainer(trainers[0], preferences, preference_column="taste")
+    with pytest.raises(ValueError, match="The trainer has no users"):
+        evaluate_trainer(trainers[1], preferences)
 
 
 def test_tables_name_each_control(trainers, test_rows, tmp_path):

@@ -55,10 +55,10 @@ def test_a_folder_without_users_is_scored_too(saved, preferences):
     np.testing.assert_allclose(score_pairs(loaded, PAIRS).margins["own"], expected.margins["own"], atol=1e-5)
 
 
-@pytest.mark.parametrize("prepares", ["trainer", "vanilla trainer"])
-def test_each_held_out_pair_is_tokenized_once(saved, preferences, monkeypatch, prepares):
+@pytest.mark.parametrize("kind", ["individual", "none"])
+def test_each_held_out_pair_is_tokenized_once(saved, preferences, monkeypatch, kind):
     """By the scoring trainer; two rows more make its train dataset, which the trainer insists on."""
-    _, folder = saved(lora=True, **({} if prepares == "trainer" else {"user_model_kind": "none"}))
+    _, folder = saved(lora=True, user_model_kind=kind)
     prepared = []
     prepare = DPOTrainer._prepare_dataset
 

@@ -163,6 +163,19 @@ def test_other_ways_are_named_but_decide_nothing():
     )
 
 
+def test_the_prompt_of_an_opposite_user_is_shown_but_decides_nothing():
+    plain, unbeaten, beaten = (
+        evaluate_margins(**repeated(), **more)
+        for more in ({}, {"opposite": TOY["own"][:5] * 60}, {"opposite": [-1.0] * 300})
+    )
+    assert (unbeaten.verdict, unbeaten.gain, unbeaten.has_gain) == (plain.verdict, plain.gain, True)
+    assert unbeaten.advantages["opposite"].value == 0
+    assert beaten.advantages["opposite"].low > 0
+    assert scorers_of(beaten) == ["own", "generic", "swapped", "opposite", "vanilla"]
+    without_swapped = {name: values for name, values in repeated().items() if name != "swapped"}
+    assert not evaluate_margins(**without_swapped, opposite=[-1.0] * 300).has_gain
+
+
 def test_no_gain_over_the_better_baseline_though_the_other_is_beaten():
     report = evaluate_margins(**repeated(vanilla=TOY["own"]))
     assert not report.has_gain

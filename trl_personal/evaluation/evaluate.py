@@ -86,7 +86,7 @@ def evaluate_trainer(
         [`ModelEvaluation`].
 
     Raises:
-        `ValueError`: if there is no `preference_column`, or as [`score_pairs`].
+        `ValueError`: if the trainer has no users, or the dataset no `preference_column`; or whatever [`score_pairs`] refuses.
 
     ```python
     evaluation = evaluate_trainer(trainer, test, vanilla=vanilla_trainer)
@@ -94,6 +94,8 @@ def evaluate_trainer(
     evaluation.save("evaluation")
     ```
     """
+    if trainer.user_model is None or trainer.user_vocab is None:
+        raise ValueError("The trainer has no users. Pass one that trained a user model, and this one as `vanilla`.")
     column = trainer.args.user_id_column
     check_user_column(dataset, column, "evaluation")
     preferences = _values_by_user(dataset, column, preference_column)
@@ -101,8 +103,6 @@ def evaluate_trainer(
     margins = {name: scored.by_row(name, len(dataset)) for name in scored.margins}
     if vanilla is not None:
         margins["vanilla"] = score_pairs(vanilla, dataset).by_row("own", len(dataset))
-    assert trainer.user_model is not None
-    assert trainer.user_vocab is not None
     return _evaluation(
         dataset,
         column,
