@@ -139,7 +139,7 @@ def test_leakage_by_hand(toy):
     leakage = toy.leakage
     assert (leakage.reference, leakage.num_other_pairs) == ("train", 4)
     assert (leakage.same_prompt, leakage.same_comparison, leakage.same_judgement) == (3, 2, 1)
-    assert leakage.unseen_users == 1
+    assert leakage.unknown_users == 1
 
 
 def test_a_split_column_does_what_splits_do(toy):

@@ -256,7 +256,7 @@ def test_splits_share_no_opening_prompt_and_no_held_out_user(write):
     users = {split: set(rows["user_id"]) for split, rows in dataset.items()}
     assert len(users["test_unknown_users"]) == 10
     assert not users["test_unknown_users"] & (users["train"] | users["test"])
-    left_out = report.filtered["a pair of a held-out user whose prompt is trained on"]
+    left_out = report.filtered["the pair belongs to a held-out user, and its prompt is trained on"]
     assert sum(report.pairs.values()) + left_out == 600
     assert min(report.pairs.values()) > 0
 

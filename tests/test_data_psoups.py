@@ -103,7 +103,7 @@ def test_held_out_users_and_the_prompts_of_train_never_meet(write):
     assert not users["train"] & users["test_unknown_users"]
     prompts = {split: set(pairs["prompt"]) for split, pairs in dataset.items()}
     assert not prompts["train"] & (prompts["test"] | prompts["test_unknown_users"])
-    left_out = report.filtered["a pair of a held-out user whose prompt is trained on"]
+    left_out = report.filtered["the pair belongs to a held-out user, and its prompt is trained on"]
     assert sum(report.pairs.values()) + left_out == report.rows_read == 900
     assert report.pairs["test_unknown_users"] == 2 * 150 - left_out
     assert report.pairs["test_unknown_users"] > 2 * 50  # at least what only they were asked

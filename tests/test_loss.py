@@ -160,7 +160,7 @@ def test_metrics_of_the_two_terms_are_kept_apart(make_trainer):
     assert "generic/num_tokens" not in metrics
 
 
-def test_the_users_metrics_are_of_the_pass_with_the_own_soft_prompt(make_trainer):
+def test_metrics_without_a_prefix_are_those_of_the_users_own_soft_prompt(make_trainer):
     trainer = make_trainer(beta=0.3)
     disturb(trainer)
     examples, batch = batch_of(trainer, [0, 1, 2, 3])

@@ -19,9 +19,9 @@ class Agreement:
     How users judge the same two answers to a prompt. Shares are between 0 and 1, or `None` if there is nothing to count.
 
     Args:
-        num_comparisons (`int`): Distinct comparisons: a prompt and two answers, in any order.
-        num_shared (`int`): Of them, those that two users or more judged.
-        num_conflicting (`int`): Of these, those that not all judged the same.
+        num_comparisons (`int`): Number of distinct comparisons. A comparison is a prompt with two answers, in any order.
+        num_shared (`int`): Number of comparisons that two users or more judged.
+        num_conflicting (`int`): Number of shared comparisons on which not all judgements are the same.
         disagreement_rate (`float`, *optional*): Share of disagreement among pairs of users who judged the same comparison.
         pooled_ceiling (`float`, *optional*): Pair accuracy on the shared comparisons of a rule that knows the majority of
             each: no rule without users can do better there.
@@ -75,9 +75,9 @@ def measure_agreement(comparisons: ArrayLike, directions: ArrayLike, users: Arra
     a user who is undecided in that way does not count.
 
     Args:
-        comparisons (`ArrayLike`): Integers `(n,)`, of [`compare`].
-        directions (`ArrayLike`): Booleans `(n,)`, of [`compare`].
-        users (`ArrayLike`): `(n,)`, a number for each user.
+        comparisons (`ArrayLike`): Number of the comparison in each pair, as [`compare`] returns it. Shape: `(n,)`.
+        directions (`ArrayLike`): Which way each pair was judged, as [`compare`] returns it. Shape: `(n,)`.
+        users (`ArrayLike`): Number of the user who judged each pair. Shape: `(n,)`.
 
     ```python
     >>> found = measure_agreement([0, 0, 0, 1], [True, True, False, True], [0, 1, 2, 0])
@@ -108,15 +108,16 @@ def measure_agreement(comparisons: ArrayLike, directions: ArrayLike, users: Arra
 
 def majority_agreement(comparisons: ArrayLike, directions: ArrayLike, users: ArrayLike) -> FloatArray:
     """
-    Whether each judgement is that of the majority of the users who judged the same comparison, the own vote counted.
+    Whether each judgement is that of the majority of the users who judged the same comparison. Its own vote counts too.
 
     Args:
-        comparisons (`ArrayLike`): As for [`measure_agreement`].
-        directions (`ArrayLike`): Likewise.
-        users (`ArrayLike`): Likewise.
+        comparisons (`ArrayLike`): Number of the comparison in each pair, as [`compare`] returns it. Shape: `(n,)`.
+        directions (`ArrayLike`): Which way each pair was judged, as [`compare`] returns it. Shape: `(n,)`.
+        users (`ArrayLike`): Number of the user who judged each pair. Shape: `(n,)`.
 
     Returns:
-        Float `(n,)`: 1 agrees, 0 does not, NaN if the votes are tied or nobody else judged it.
+        Floats `(n,)`: 1 if the judgement agrees with the majority, 0 if it does not, and NaN if the votes are tied or no other
+        user judged the comparison.
 
     ```python
     >>> majority_agreement([0, 0, 0, 1], [True, True, False, True], [0, 1, 2, 0]).tolist()

@@ -19,7 +19,7 @@ LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; on leaving it, what was written there is flushed to the disk and replaces `path`."""
+    """Give a temporary name beside `path`. On leaving, what was written there is flushed to the disk and replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     yield temporary
@@ -43,7 +43,7 @@ def checkpoints_newest_first(output_dir: Path) -> list[Path]:
 @contextmanager
 def staged_folder(target: Path, last: str) -> Iterator[Path]:
     """
-    A folder inside `target` to write in. On leaving it, each file replaces its namesake in `target`, the file named
+    Give a folder inside `target` to write in. On leaving, each file replaces its namesake in `target`, the file named
     `last` after all others; on an error nothing is replaced.
     """
     target.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def collect_users(dataset: AnyDataset, column: str, name: str = "train") -> User
     user_ids.pop(None, None)
     if not user_ids:
         raise ValueError(
-            f"Column `{column}` of the {name} dataset is `None` in every row, so there is no user to learn. For plain DPO set "
-            '`user_model_kind="none"`.'
+            f"Column `{column}` of the {name} dataset is `None` in every row, so there is no user to learn. For vanilla DPO, "
+            'set `user_model_kind="none"`.'
         )
     return UserVocab(user_id for user_id in user_ids if user_id is not None)

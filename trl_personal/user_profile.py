@@ -50,10 +50,11 @@ def render_user_profile(
     first line, a conversation as its system turn, behind what the system turn says already.
 
     Args:
-        prompt (`str` or `list[dict]`): Text, or messages. Not changed in place.
-        user_profile (`str`, *optional*): `None` and a blank text leave the prompt as it is.
-        template (`str`, *optional*, defaults to `"User profile: {profile}"`): A model's own is `model.user_profile_template`.
-        bos_token (`str`, *optional*): A text that starts with it keeps it in front.
+        prompt (`str` or `list[dict]`): The prompt, a text or messages. It is not changed in place.
+        user_profile (`str`, *optional*): Text about the user. `None` and a blank text leave the prompt as it is.
+        template (`str`, *optional*, defaults to `"User profile: {profile}"`): Text with `{profile}` where the profile goes. A
+            model was trained with `model.user_profile_template`.
+        bos_token (`str`, *optional*): The tokenizer's BOS token. A text that starts with it keeps it in front.
 
     Raises:
         `TypeError`: if the profile is no text. `ValueError`: for a template without `{profile}`.
@@ -148,7 +149,7 @@ def require_template(template: str | None) -> str:
     The template of a model that was trained with profiles.
 
     Raises:
-        `ValueError`: if it was trained without.
+        `ValueError`: if the model was trained without profiles.
     """
     if template is None:
         raise ValueError(

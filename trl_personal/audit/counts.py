@@ -11,10 +11,10 @@ from .preferences import NO_USER, PreferenceTable
 @dataclass(frozen=True)
 class SplitCounts:
     """
-    One split.
+    What one split has.
 
     Args:
-        num_pairs, num_users, num_prompts (`int`): In the split.
+        num_pairs, num_users, num_prompts (`int`): Number of pairs in the split, and of distinct users and prompts among them.
     """
 
     num_pairs: int
@@ -25,16 +25,16 @@ class SplitCounts:
 @dataclass(frozen=True)
 class Counts:
     """
-    All splits together.
+    What all splits have together.
 
     Args:
-        num_pairs, num_users, num_prompts (`int`): Pairs, and distinct users and prompts among them.
-        num_pairs_without_user (`int`): Pairs of nobody, which train the generic user.
-        num_identical (`int`): Rows that were left out, as their two answers are the same.
-        pairs_per_user (`dict[str, float]`): `min`, `p10`, `median`, `mean`, `p90` and `max`.
-        min_pairs (`int`): Users with fewer pairs are too few to learn from.
-        num_users_with_few_pairs (`int`): How many those are.
-        shared_prompt_rate (`float`): Share of the prompts that two users or more judged.
+        num_pairs, num_users, num_prompts (`int`): Number of pairs, and of distinct users and prompts among them.
+        num_pairs_without_user (`int`): Number of pairs without a user id. They train the generic user.
+        num_identical (`int`): Number of rows that were left out because their two answers are the same.
+        pairs_per_user (`dict[str, float]`): The `min`, `p10`, `median`, `mean`, `p90` and `max` number of pairs of a user.
+        min_pairs (`int`): Number of pairs below which a user has too few to learn from.
+        num_users_with_few_pairs (`int`): Number of users with fewer pairs than `min_pairs`.
+        shared_prompt_rate (`float`): Share of the prompts that two users or more judged, from 0 to 1.
     """
 
     num_pairs: int
@@ -51,15 +51,15 @@ class Counts:
 @dataclass(frozen=True)
 class Leakage:
     """
-    What the other splits share with `train` (or with the first split, if none has that name). Counts of pairs of the others.
+    What the other splits share with `train`, or with the first split if none has that name.
 
     Args:
-        reference (`str`): The split that the others are compared with.
-        num_other_pairs (`int`): Pairs in the others.
-        same_prompt (`int`): Their prompt is in the reference.
-        same_comparison (`int`): Their prompt with the same two answers is, judged by anybody.
-        same_judgement (`int`): The same user judged the same comparison in the reference.
-        unseen_users (`int`): Users (not pairs) who are only in the others.
+        reference (`str`): Name of the split that the others are compared with.
+        num_other_pairs (`int`): Number of pairs in the other splits.
+        same_prompt (`int`): Number of them whose prompt is in the reference split.
+        same_comparison (`int`): Number of them whose prompt is there with the same two answers, judged by any user.
+        same_judgement (`int`): Number of them whose user judged the same comparison in the reference split.
+        unknown_users (`int`): Number of users (not of pairs) who are in the other splits only.
     """
 
     reference: str
@@ -67,7 +67,7 @@ class Leakage:
     same_prompt: int
     same_comparison: int
     same_judgement: int
-    unseen_users: int
+    unknown_users: int
 
 
 def count(table: PreferenceTable, min_pairs: int) -> Counts:
@@ -127,7 +127,7 @@ def find_leakage(table: PreferenceTable) -> Leakage | None:
         same_prompt=_num_found(table.prompts, inside),
         same_comparison=_num_found(table.comparisons, inside),
         same_judgement=_num_found(np.where(owned, judgements, -1 - np.arange(len(owned))), inside),
-        unseen_users=len(outsiders),
+        unknown_users=len(outsiders),
     )
 
 

@@ -13,10 +13,10 @@ from .rules import Candidate, Sharing, share_nothing
 
 NUM_CLUSTERS = (2, 3, 5, 8)
 RANKS = (1, 2, 4)
-SHRINKAGE = 10.0  # in pairs, of the offsets in which clusters and directions are looked for
+SHRINKAGE = 10.0  # pairs; shrinks the offsets in which clusters and directions are looked for
 KMEANS_STEPS = 15
 MIN_ROOM = 0.01  # a smaller gap is not worth a user model, however certain it is
-PAIRS_FOR_INDIVIDUAL = 30  # of the median user
+PAIRS_FOR_INDIVIDUAL = 30  # pairs that the median user needs for a whole soft prompt
 USERS_FOR_INDIVIDUAL = 1_000  # the table of `individual` grows by a whole soft prompt for each user
 
 
@@ -26,10 +26,10 @@ class Recommendation:
     Which user model to train.
 
     Args:
-        kind (`str`): `"individual"`, `"cluster"` or `"low_rank"`; or `"none"`, which is plain DPO.
-        reason (`str`): Why, without ids.
-        accuracy_by_kind (`dict[str, float]`): Pair accuracy on held-out prompts of rules that users share in the way of each
-            kind. Empty if the kind is none.
+        kind (`str`): `"individual"`, `"cluster"` or `"low_rank"`; or `"none"`, which is vanilla DPO.
+        reason (`str`): One or two sentences on why. They name no user.
+        accuracy_by_kind (`dict[str, float]`): For each kind, the pair accuracy on held-out prompts of rules that users share
+            in the way of that kind. Empty if `kind` is `"none"`.
     """
 
     kind: str
@@ -43,15 +43,16 @@ def recommend(
     """
     The kind of user model for the data.
 
-    It is none without evidence of room, or with less than `MIN_ROOM`. Otherwise it is the first kind that is not clearly worse
-    than the best one; `individual` comes first if users are few and have many pairs, and last if not.
+    It is `"none"` without evidence of room, or with less room than `MIN_ROOM`. Otherwise it is the first kind that is not
+    clearly worse than the best one. `individual` comes first if users are few and have many pairs, and last if not.
 
     Args:
-        room ([`Room`]): Of the same pairs.
-        features (`NDArray`): Of [`scale`], `(n, num_features)`.
-        users (`IntArray`): `(n,)`, from 0.
-        prompts (`IntArray`): `(n,)`, from 0.
-        seed (`int`): Random seed for the folds.
+        room ([`Room`]): The room that was found in the same pairs.
+        features (`NDArray`): Differences between chosen and rejected answers, as [`scale`] returns them. Shape:
+            `(n, num_features)`.
+        users (`IntArray`): Number of each pair's user, counted from 0. Shape: `(n,)`.
+        prompts (`IntArray`): Number of each pair's prompt, counted from 0. Shape: `(n,)`.
+        seed (`int`): Random seed for the partition into folds.
     """
     if not room.has_evidence:
         return Recommendation("none", _why_none(room), {})
@@ -113,7 +114,7 @@ def share_directions(sums: FloatArray, num_pairs: FloatArray, noise: float) -> l
 
 def find_clusters(points: FloatArray, weights: FloatArray, number: int) -> IntArray:
     """
-    K-means with weights: the cluster of each point `(n,)`. Starts from points far from one another, without luck.
+    K-means with weights: the cluster of each point `(n,)`. It starts from points that are far apart, and draws none at random.
 
     ```python
     >>> find_clusters(np.array([[0.0], [5.0], [0.2], [5.1]]), np.ones(4), number=2).tolist()
@@ -138,7 +139,7 @@ def find_clusters(points: FloatArray, weights: FloatArray, number: int) -> IntAr
 
 
 def _distances(points: FloatArray, centers: FloatArray) -> FloatArray:
-    """Squared, `(num_points, num_centers)`."""
+    """Squared distance of each point to each center, `(num_points, num_centers)`."""
     return ((points[:, None] - centers[None]) ** 2).sum(axis=2)
 
 

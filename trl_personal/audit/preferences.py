@@ -14,7 +14,7 @@ from ..user_column import AnyDataset, check_user_column, iterate_user_ids
 from ..users import as_user_id
 
 
-NO_USER = -1  # the generic user: pairs that belong to nobody
+NO_USER = -1  # stands for the generic user, who owns the pairs without a user id
 COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -24,15 +24,17 @@ class PreferenceTable:
     `n` pairs, in the order of the splits.
 
     Args:
-        user_ids (`list[str]`): In order of first appearance.
-        users (`IntArray`): `(n,)`, the place in `user_ids`, or `NO_USER`.
-        prompts (`IntArray`): `(n,)`, a number for each prompt; case and white space do not count.
-        comparisons (`IntArray`): `(n,)`, a number for each prompt with two answers, in any order.
-        directions (`BoolArray`): `(n,)`, which of the two was chosen.
-        splits (`IntArray`): `(n,)`, the place in `split_names`.
-        split_names (`list[str]`): Splits.
-        prompt_texts, chosen_texts, rejected_texts (`list[str]`): What was read, messages joined.
-        num_identical (`int`): Rows whose two answers are the same. They are left out of all else.
+        user_ids (`list[str]`): Ids of the users, in order of first appearance.
+        users (`IntArray`): Place of each pair's user in `user_ids`, or `NO_USER`. Shape: `(n,)`.
+        prompts (`IntArray`): Number of each pair's prompt. Prompts that differ in case and white space only have the same
+            number. Shape: `(n,)`.
+        comparisons (`IntArray`): Number of each pair's prompt with its two answers, whichever was chosen. Shape: `(n,)`.
+        directions (`BoolArray`): Whether the chosen answer comes first in the order of text. Shape: `(n,)`.
+        splits (`IntArray`): Place of each pair's split in `split_names`. Shape: `(n,)`.
+        split_names (`list[str]`): Names of the splits.
+        prompt_texts, chosen_texts, rejected_texts (`list[str]`): The texts of each pair. The messages of a conversation are
+            joined by newlines.
+        num_identical (`int`): Number of rows whose two answers are the same. Nothing else here counts them.
     """
 
     user_ids: list[str]
@@ -58,10 +60,11 @@ def read_preferences(
     The pairs of a dataset or of its splits.
 
     Args:
-        dataset (`Dataset`, `IterableDataset` or a mapping of them): With `chosen`, `rejected`, the user, and `prompt` unless
-            it is the start of both answers. Text or messages.
-        user_id_column (`str`): Column of the user; `None` in it is the generic user.
-        split_column (`str`, *optional*): Column with the split of each row.
+        dataset (`Dataset`, `IterableDataset` or a mapping of them): Rows with `chosen`, `rejected`, the user, and `prompt`
+            unless both answers start with it. Prompts and answers are text or messages.
+        user_id_column (`str`): Name of the column with the user of each row; `None` in it is the generic user.
+        split_column (`str`, *optional*): Name of the column with the split of each row. By default the mapping says which
+            split a row is in.
 
     Raises:
         `ValueError`: if a column is missing or there are no pairs. `TypeError`: for values that are neither text nor messages.

@@ -24,8 +24,8 @@ from .text_features import text_features
 
 logger = logging.getLogger(__name__)
 
-MIN_PAIRS = 20  # of a user, to learn from; the default
-MAX_PAIRS = 200_000  # for the room; of larger data, users are drawn
+MIN_PAIRS = 20  # that a user needs to be learned from, by default
+MAX_PAIRS = 200_000  # that the room is estimated on; from larger data, users are drawn
 FEW_PROMPTS = 10
 
 
@@ -35,15 +35,15 @@ class Audit:
     What [`audit_preferences`] finds.
 
     Args:
-        counts ([`Counts`]): Users, pairs and prompts.
-        splits (`dict[str, SplitCounts]`): The same for each split.
+        counts ([`Counts`]): How many users, pairs and prompts there are.
+        splits (`dict[str, SplitCounts]`): How many there are in each split.
         agreement ([`Agreement`]): How often users agree on the same two answers.
-        leakage ([`Leakage`], *optional*): What splits share; `None` if there is one.
-        room ([`Room`], *optional*): For personalization; `None` if the data are too few to estimate it.
-        tastes (`tuple[Taste, ...]`): On which features users differ, most first.
+        leakage ([`Leakage`], *optional*): What splits share; `None` if there is one split only.
+        room ([`Room`], *optional*): How much room there is for personalization; `None` if the data are too few to estimate it.
+        tastes (`tuple[Taste, ...]`): The features on which users differ, starting with those on which they differ most.
         recommendation ([`Recommendation`]): Which user model to train, if any.
-        notes (`tuple[str, ...]`): What to know about the data and the estimates, without ids.
-        users (`tuple[UserAudit, ...]`): In order of first appearance.
+        notes (`tuple[str, ...]`): Sentences on the data and the estimates. They name no user.
+        users (`tuple[UserAudit, ...]`): What was found for each user, in order of first appearance.
     """
 
     counts: Counts
@@ -89,16 +89,18 @@ def audit_preferences(
     hardly ever as large. No evidence is not a proof: a language model sees more than these features.
 
     Args:
-        dataset_or_splits (`Dataset`, `IterableDataset` or a mapping of them): `prompt`, `chosen`, `rejected` (text or
-            messages) and the user.
-        user_id_column (`str`, *optional*, defaults to `"user_id"`): Column of the user. `None` in it is the generic user,
-            whose pairs are counted only.
-        split_column (`str`, *optional*): Column with the split of each row, if splits are not datasets of their own.
-        min_pairs (`int`, *optional*, defaults to `20`): Users with fewer pairs count as having too few.
-        seed (`int`, *optional*, defaults to `0`): Random seed for folds and shuffles.
+        dataset_or_splits (`Dataset`, `IterableDataset` or a mapping of them): Rows with `prompt`, `chosen`, `rejected` (text
+            or messages) and the user.
+        user_id_column (`str`, *optional*, defaults to `"user_id"`): Name of the column with the user of each row. `None` in
+            it is the generic user, whose pairs are counted and used for nothing else.
+        split_column (`str`, *optional*): Name of the column with the split of each row, if splits are not datasets of their
+            own.
+        min_pairs (`int`, *optional*, defaults to `20`): Number of pairs below which a user counts as having too few.
+        seed (`int`, *optional*, defaults to `0`): Random seed for the partition into folds, and for
+            shuffling ids.
 
     Returns:
-        [`Audit`].
+        [`Audit`], with counts, estimates and a recommendation.
 
     Raises:
         `ValueError`: if a column is missing, or there are no pairs. `TypeError`: for ids or answers of another type.
@@ -160,7 +162,7 @@ def _recoded(codes: IntArray) -> IntArray:
 
 
 def _drawn_rows(users: IntArray, owned: IntArray, seed: int) -> IntArray:
-    """Rows of all users, or of as many drawn ones as have `MAX_PAIRS` pairs together."""
+    """Rows of all users; or, if they are more than `MAX_PAIRS`, those of users drawn at random who have about as many."""
     if len(owned) <= MAX_PAIRS:
         return owned
     totals = np.bincount(users[owned])

@@ -14,23 +14,25 @@ NUM_FOLDS = 5
 MIN_PROMPTS = 3  # one to learn on, one to choose on, one to score on
 SIGNIFICANCE = 0.05
 REPEATS, FEW_PAIRS = 3, 10_000  # up to so many pairs, the luck of one partition into folds is averaged out
-SHUFFLES = (19, 99)  # at least, which makes a p-value of 0.05 possible, and at most
-SHUFFLED_PAIRS = 2_000_000  # pairs times shuffles, about
+SHUFFLES = (19, 99)  # fewest, with which a p-value of 0.05 is possible, and most
+SHUFFLED_PAIRS = 2_000_000  # pairs times shuffles: the fewer pairs, the more shuffles
 
 
 @dataclass(frozen=True)
 class Room:
     """
-    What rules on simple features reach on prompts that they were not learned on. Accuracies are shares of pairs.
+    What rules on simple features reach on prompts that they were not learned on. Accuracies are shares of pairs, from 0 to 1.
 
     Args:
-        pooled_accuracy (`Interval`): Of one rule for everybody.
-        personal_accuracy (`Interval`): Of a rule for each user.
-        gap (`Interval`): Personal minus pooled: the room.
-        shuffled_gaps (`tuple[float, ...]`): The same with the user ids shuffled over the pairs, so that nobody has a taste.
-        p_value (`float`): How often a gap with shuffled ids would be at least as large.
-        num_pairs, num_users, num_prompts (`int`): That the estimate is made of.
-        has_evidence (`bool`): Whether the interval of the gap is above zero and `p_value` at most 0.05.
+        pooled_accuracy (`Interval`): Accuracy of one rule for everybody, the pooled rule.
+        personal_accuracy (`Interval`): Accuracy of a rule for each user.
+        gap (`Interval`): The room for personalization: personal minus pooled accuracy.
+        shuffled_gaps (`tuple[float, ...]`): The gaps that are left with user ids shuffled over the pairs, when no user has a
+            taste.
+        p_value (`float`): Share of shuffles whose gap is at least as large as the gap found. The ids as they are count as one
+            more shuffle, so that it is never 0.
+        num_pairs, num_users, num_prompts (`int`): Number of pairs that were used, and of users and prompts among them.
+        has_evidence (`bool`): Whether the interval of the gap is above zero and `p_value` is at most 0.05.
     """
 
     pooled_accuracy: Interval
@@ -47,13 +49,14 @@ class Room:
 @dataclass(frozen=True)
 class UserAudit:
     """
-    One user's pairs.
+    What was found in one user's pairs.
 
     Args:
-        user_id (`str`): The user.
-        num_pairs (`int`): Over all splits.
-        pooled_accuracy (`float`, *optional*): On held-out prompts, of the simple rule for everybody.
-        personal_accuracy (`float`, *optional*): Likewise, of the user's own rule.
+        user_id (`str`): Id of the user.
+        num_pairs (`int`): Number of the user's pairs in all splits.
+        pooled_accuracy (`float`, *optional*): Share of the pairs about held-out prompts that the pooled rule gets right.
+            `None` if the user's pairs were not used for the estimate.
+        personal_accuracy (`float`, *optional*): Share of these pairs that the user's own rule gets right.
     """
 
     user_id: str
@@ -65,11 +68,12 @@ class UserAudit:
 @dataclass(frozen=True)
 class RoomScores:
     """
-    Scores on held-out prompts `(n,)`, mean over partitions into folds, and the gaps with shuffled ids.
+    Scores of pairs about held-out prompts, and the gaps with shuffled ids.
 
     Args:
-        pooled, personal (`FloatArray`): 1 right, 0 wrong.
-        shuffled_gaps (`FloatArray`): `(num_shuffles,)`.
+        pooled, personal (`FloatArray`): Score of the pooled and of the personal rule on each pair: 1 for a right choice and 0
+            for a wrong one, averaged over partitions into folds. Shape: `(n,)`.
+        shuffled_gaps (`FloatArray`): Personal minus pooled accuracy for each shuffle of the ids. Shape: `(num_shuffles,)`.
     """
 
     pooled: FloatArray
@@ -82,10 +86,12 @@ def score_room(features: NDArray[np.float32], users: IntArray, prompts: IntArray
     Cross-validate the pooled and the personal rules, with the ids as they are and shuffled.
 
     Args:
-        features (`NDArray`): Of [`scale`], `(n, num_features)`.
-        users (`IntArray`): `(n,)`, from 0.
-        prompts (`IntArray`): `(n,)`, from 0; `MIN_PROMPTS` at least.
-        seed (`int`): Of folds and shuffles.
+        features (`NDArray`): Differences between chosen and rejected answers, as [`scale`] returns them. Shape:
+            `(n, num_features)`.
+        users (`IntArray`): Number of each pair's user, counted from 0. Shape: `(n,)`.
+        prompts (`IntArray`): Number of each pair's prompt, counted from 0. There must be `MIN_PROMPTS` prompts at least.
+            Shape: `(n,)`.
+        seed (`int`): Random seed for the partition into folds and for shuffling ids.
     """
     rng = np.random.default_rng(seed)
     num_pairs, num_users = len(users), int(users.max()) + 1
@@ -123,6 +129,6 @@ def summarize_room(scores: RoomScores, users: IntArray, prompts: IntArray) -> Ro
 def cross_validate(
     features: NDArray[np.float32], prompts: IntArray, rng: np.random.Generator
 ) -> NestedCrossValidation:
-    """Rules on one partition of the prompts into folds."""
+    """Scores of the pooled rule and of personal rules on one partition of the prompts into folds, `(n,)` each."""
     folds = split_prompts(prompts, NUM_FOLDS, rng)
     return NestedCrossValidation(features, folds, thorough=len(prompts) <= FEW_PAIRS)

@@ -21,14 +21,14 @@ from scipy.sparse import csr_matrix
 from ..arrays import FloatArray, IntArray
 
 
-RIDGES = (10.0, 100.0)  # of the pooled rule
+RIDGES = (10.0, 100.0)  # that the pooled rule chooses from
 COVARIANCE_RIDGES = (0.1, 1.0)  # added to a covariance of 1 on the diagonal
 SHRINKAGES = (3.0, 10.0, 30.0, 100.0, 300.0)  # in pairs: a user with that many pairs gets half of the offset
-PRIOR_FACTORS = (0.3, 1.0)  # of the shrinkage that the variance between users asks for
+PRIOR_FACTORS = (0.3, 1.0)  # times the shrinkage that the variance between users asks for
 CLIP = 3.0  # differences of more standard deviations count as that many
 TIE = 1e-6  # margins below it are ties, which count as half right
 
-# By held-out folds and one of them: how many pairs of it each candidate gets right, `(num_candidates,)`.
+# From held-out folds and one of them to how many pairs of that fold each candidate gets right, `(num_candidates,)`.
 Right = dict[tuple[tuple[int, ...], int], FloatArray]
 
 
@@ -37,9 +37,10 @@ class Candidate(NamedTuple):
     Offsets of users, in coordinates in which the covariance of the differences is about the identity.
 
     Args:
-        offsets (`FloatArray`): `(num_users, num_features)`.
-        evidence (`FloatArray`, *optional*): `(num_users,)`. With it there is one candidate for each of `SHRINKAGES`, in which
-            `offsets` are divided by `evidence + shrinkage`.
+        offsets (`FloatArray`): What is added to the pooled rule for each user. Shape: `(num_users, num_features)`.
+        evidence (`FloatArray`, *optional*): Number of pairs that each user's offset was learned from. If it is given, there is
+            one candidate for each of `SHRINKAGES`, in which `offsets` are divided by `evidence + shrinkage`. Shape:
+            `(num_users,)`.
     """
 
     offsets: FloatArray
@@ -47,7 +48,7 @@ class Candidate(NamedTuple):
 
 
 class _UserRule(NamedTuple):
-    """Of a [`Candidate`]: what is added to the pooled rule, `(num_users, num_features)`, and its evidence."""
+    """A [`Candidate`] in units of the features: what is added to the pooled rule for each user, and its evidence."""
 
     weights: NDArray[np.float32]
     evidence: FloatArray | None
@@ -101,9 +102,12 @@ class NestedCrossValidation:
     Accuracy of rules on prompts that were held out from learning them and from choosing among them.
 
     Args:
-        features (`NDArray`): Of [`scale`], `(n, num_features)`.
-        folds (`IntArray`): Of [`split_prompts`], `(n,)`; three folds at least.
-        thorough (`bool`): Choose on all other folds; otherwise on one of them, which is enough if they are large.
+        features (`NDArray`): Differences between chosen and rejected answers, as [`scale`] returns them. Shape:
+            `(n, num_features)`.
+        folds (`IntArray`): Fold of each pair, as [`split_prompts`] returns it. There must be three folds at least. Shape:
+            `(n,)`.
+        thorough (`bool`): Whether rules are chosen on all other folds, and not on one of them, which is enough if folds are
+            large.
     """
 
     def __init__(self, features: NDArray[np.float32], folds: IntArray, thorough: bool = True) -> None:
@@ -145,7 +149,7 @@ class NestedCrossValidation:
 
     @cached_property
     def _pooled_choice(self) -> list[int]:
-        """For each fold the ridge that is best on the others; the larger one of equals."""
+        """The ridge for each fold: the one that is best on the other folds, and the larger of two that are equal there."""
         return [_last_best(self._right_elsewhere(self._pooled_right, fold)) for fold in range(self.num_folds)]
 
     def _pooled_scores(self, fold: int) -> FloatArray:
@@ -163,9 +167,9 @@ class NestedCrossValidation:
         Score `(n,)` on each pair of the user's rule, or of the pooled rule where that was better on other prompts.
 
         Args:
-            users (`IntArray`): `(n,)`, 0 to `num_users` - 1.
+            users (`IntArray`): Number of each pair's user, from 0 to `num_users` - 1. Shape: `(n,)`.
             num_users (`int`): Number of users.
-            sharing (`Callable`, *optional*): What users share; default: [`share_prior`].
+            sharing (`Callable`, *optional*): What users share with one another. Defaults to [`share_prior`].
         """
         by_user = _ByUser(users, num_users, self.folds)
         sharing = sharing or share_prior
@@ -179,7 +183,7 @@ class NestedCrossValidation:
         result = np.empty(len(users))
         for fold, rows in enumerate(self._rows):
             found = self._right_elsewhere(right, fold)
-            choice = _last_best(found)  # of equals the most shrunken
+            choice = _last_best(found)  # of equal candidates the most shrunken
             pooled = self._right_elsewhere(self._pooled_right, fold)[self._pooled_choice[fold]]
             if found[choice] > pooled + TIE:
                 result[rows] = self._scores_of_choice(fold, by_user, sharing, choice)
@@ -197,7 +201,7 @@ class NestedCrossValidation:
     def _user_scores(
         self, training_set: _TrainingSet, by_user: "_ByUser", fold: int, rule: _UserRule
     ) -> Iterator[FloatArray]:
-        """Scores in `fold`, of each candidate in `rule`."""
+        """Scores of each candidate of `rule` on the pairs in `fold`."""
         users, margins = by_user.users[self._rows[fold]], training_set.margins[fold][-1]
         moves = np.einsum("nd,nd->n", self._features[fold], rule.weights[users])
         if rule.evidence is None:
@@ -207,7 +211,7 @@ class NestedCrossValidation:
             yield score(margins + moves / (rule.evidence + shrinkage)[users])
 
     def _scores_of_choice(self, fold: int, by_user: "_ByUser", sharing: Sharing, choice: int) -> FloatArray:
-        """Scores in `fold` of the candidate `choice`, learned without that fold only."""
+        """Scores on the pairs in `fold` of the candidate `choice`, which is learned on all other folds."""
         training_set = self._sets[(fold,)]
         for rule in self._user_rules(training_set, by_user, sharing):
             number = 1 if rule.evidence is None else len(SHRINKAGES)
@@ -217,7 +221,7 @@ class NestedCrossValidation:
         raise IndexError(choice)
 
     def _right_elsewhere(self, right: Right, fold: int) -> FloatArray:
-        """How many pairs each candidate gets right on the other folds, learned without those and without `fold`."""
+        """How many pairs of the other folds each candidate gets right when it is learned without them and without `fold`."""
         return np.sum([right[_pair(fold, other), other] for other in self._others[fold]], axis=0)
 
 
@@ -236,25 +240,27 @@ class _ByUser:
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
 
     def sums(self, weights: NDArray[np.float32], values: NDArray[np.float32]) -> FloatArray:
-        """Of `weights * values`, `(num_users, num_features)`."""
+        """Sums of `weights * values` over the pairs of each user, `(num_users, num_features)`."""
         shape = (self.num_users, len(weights))
         return (csr_matrix((weights[self._order], self._order, self._starts), shape=shape) @ values).astype(np.float64)
 
     def counts(self, held_out: tuple[int, ...]) -> FloatArray:
-        """Pairs that are not held out, `(num_users,)`."""
+        """Number of each user's pairs that are not held out, `(num_users,)`."""
         return np.delete(self._counts, held_out, axis=1).sum(axis=1).astype(np.float64)
 
 
 def share_nothing(sums: FloatArray, num_pairs: FloatArray, noise: float) -> list[Candidate]:
-    """Each user learns from the own pairs only, as in the user model `individual`."""
+    """Each user learns from their own pairs only, as in the user model `individual`."""
     return [Candidate(sums, num_pairs)]
 
 
 def share_prior(sums: FloatArray, num_pairs: FloatArray, noise: float) -> list[Candidate]:
     """
-    As [`share_nothing`]; and, learning from all users in which directions they differ, offsets that are shrunk less there.
+    Each user learns from their own pairs as with [`share_nothing`]. Further candidates shrink the offsets less in the
+    directions in which users differ, which they learn from all users.
 
-    How much offsets vary between users comes from the method of moments: what the sums vary more than `noise` explains.
+    The variance of the offsets between users is found by the method of moments: it is what the sums vary more than `noise`
+    explains.
     """
     excess = sums.T @ sums - noise * num_pairs.sum() * np.eye(sums.shape[1])
     values, directions = np.linalg.eigh(excess / max(1.0, float((num_pairs**2).sum())))

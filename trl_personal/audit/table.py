@@ -68,7 +68,7 @@ def _leakage(audit: Audit) -> Iterator[tuple[str, str]]:
     yield (
         f"shared with {leakage.reference}",
         f"of {leakage.num_other_pairs:,} other pairs: {leakage.same_prompt:,} by prompt, {leakage.same_comparison:,} by "
-        f"prompt and answers, {leakage.same_judgement:,} by user too; {leakage.unseen_users:,} unseen users",
+        f"prompt and answers, {leakage.same_judgement:,} by user too; {leakage.unknown_users:,} unknown users",
     )
 
 
@@ -85,7 +85,7 @@ def _room(audit: Audit) -> Iterator[tuple[str, str]]:
     )
     gains = [(user.personal_accuracy or 0) - (user.pooled_accuracy or 0) for user in audit.users]
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    yield "users with a better own rule", f"{better:,}; with a worse one {worse:,}"
+    yield "users whose own rule is better", f"{better:,}; worse: {worse:,}"
     for kind, accuracy in audit.recommendation.accuracy_by_kind.items():
         yield f"  accuracy, shared as `{kind}`", f"{accuracy:.3f}"
     if not room.has_evidence:

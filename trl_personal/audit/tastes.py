@@ -14,10 +14,11 @@ class Taste:
     How often the chosen answer has more of a feature than the rejected one, among pairs in which they differ.
 
     Args:
-        feature (`str`): One of `FEATURES`.
-        share (`float`): Over all pairs: 0.5 if users as a whole do not care, or conflict.
-        spread (`float`): Standard deviation over users of that share, beyond what chance makes of as many pairs. 0 if all
-            users are alike, 0.5 if one half always takes more and the other half less.
+        feature (`str`): Name of the feature, one of `FEATURES`.
+        share (`float`): How often the chosen answer has more, as a share of all pairs. It is 0.5 if users as a whole do not
+            care, or conflict.
+        spread (`float`): Standard deviation of that share over users, beyond what chance makes of as many pairs. It is 0 if
+            all users are alike, and 0.5 if one half always takes more and the other half less.
     """
 
     feature: str
@@ -30,8 +31,9 @@ def find_tastes(differences: FloatArray, users: IntArray) -> tuple[Taste, ...]:
     All features that ever differ, those on which users differ most first.
 
     Args:
-        differences (`FloatArray`): Chosen minus rejected, `(n, len(FEATURES))`.
-        users (`IntArray`): `(n,)`, from 0.
+        differences (`FloatArray`): Features of the chosen answers minus those of the rejected ones. Shape:
+            `(n, len(FEATURES))`.
+        users (`IntArray`): Number of each pair's user, counted from 0. Shape: `(n,)`.
     """
     tastes = []
     for column, name in enumerate(FEATURES):

@@ -34,8 +34,8 @@ def text_features(texts: Sequence[str], prompts: Sequence[str]) -> FloatArray:
     words on a log scale, and `reading_grade` the Flesch-Kincaid grade within 0 and 40, with a syllable for each run of vowels.
 
     Args:
-        texts (`Sequence[str]`): `n` texts. An empty one has no words.
-        prompts (`Sequence[str]`): What each of them answers.
+        texts (`Sequence[str]`): The `n` texts. An empty one has no words.
+        prompts (`Sequence[str]`): The prompt that each text answers.
 
     Returns:
         Float `(n, len(FEATURES))`.
@@ -65,7 +65,7 @@ def text_features(texts: Sequence[str], prompts: Sequence[str]) -> FloatArray:
 
 
 def _combine(counts: dict[str, FloatArray], words: FloatArray) -> FloatArray:
-    """Counts of a batch as the columns `FEATURES`; `words` is `(n, 3)`, of [`_count_words`]."""
+    """Counts of a batch as the columns `FEATURES`; `words` is what [`_count_words`] returns, `(n, 3)`."""
     num_words = np.maximum(counts["words"], 1)
     num_characters = np.maximum(counts["characters"], 1)
     sentences = np.maximum(counts["sentences"], np.minimum(counts["words"], 1))
@@ -143,7 +143,7 @@ def _shift_left(flags: BoolArray) -> BoolArray:
 
 
 def _count_words(texts: Sequence[str], prompts: Sequence[str]) -> FloatArray:
-    """Of each text: share of distinct words, share of those that the prompt has too, and share of words such as "you"."""
+    """For each text the shares of distinct words, of those that the prompt has too, and of words such as "you", `(n, 3)`."""
     rows = np.zeros((len(texts), 3))
     known: dict[str, frozenset[bytes]] = {}
     for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):

@@ -10,15 +10,15 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 MAIN_EPILOG = """\
 commands:
-  audit     what preferences allow before training: users, leakage, room for personalization
+  audit     say what preferences allow before training: users, leakage, room for personalization
   dpo       train on the preferences of users: `trl dpo` with a user_id column
-  eval      who gains from the own soft prompt: accuracy, baselines, and a verdict
-  generate  answers of a trained model, for every prompt and every user
-  info      what a trained model is: kind, users, sizes, versions
+  eval      say which users gain from their own soft prompt: accuracy, baselines, and a verdict
+  generate  write answers of a trained model, for every prompt and every user
+  info      say what a trained model is: kind, users, sizes, versions
 
 `trl-personal COMMAND --help` explains a command.
 
-exit codes: 0 fine, 1 an error at run time (one line on stderr), 2 wrong usage
+exit codes: 0 all is well, 1 an error at run time (one line on stderr), 2 wrong usage
 """
 
 
@@ -57,26 +57,37 @@ def make_audit_parser() -> ArgumentParser:
     """The options of `trl-personal audit`."""
     parser = ArgumentParser(
         prog=f"{PROG} audit",
-        description="What preference data allow, before anything is trained: users, agreement, leakage between splits, and "
-        "whether there is room for personalization on simple features of the texts.",
+        description="Say what preference data allow, before anything is trained: users, agreement, leakage between splits, "
+        "and whether there is room for personalization on simple features of the texts.",
         epilog="The exit code is 0 whatever is recommended.",
         allow_abbrev=False,
     )
     parser.add_argument("dataset", help="a file, a folder of files or of `save_to_disk`, or a name on the hub")
     parser.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
-    parser.add_argument("--user_id_column", default="user_id", metavar="NAME", help="default: user_id")
+    parser.add_argument(
+        "--user_id_column",
+        default="user_id",
+        metavar="NAME",
+        help="column with the user of each row; default: user_id",
+    )
     parser.add_argument(
         "--split_column", metavar="NAME", help="column with the split of each row, if one file has several"
     )
     parser.add_argument(
-        "--min_pairs", type=_positive, default=20, metavar="N", help="users with fewer have too few; default: 20"
+        "--min_pairs",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="pairs below which a user has too few; default: 20",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help="write audit.json (with the ids of users) and audit.png there"
+        "--output", metavar="FOLDER", help="folder to write audit.json (with the ids of users) and audit.png to"
     )
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and shuffles; default: 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed for folds and shuffles; default: 0"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -85,21 +96,28 @@ def make_eval_parser() -> ArgumentParser:
     """The options of `trl-personal eval`."""
     parser = ArgumentParser(
         prog=f"{PROG} eval",
-        description="Whether users gain from their own soft prompts: pair accuracy with the own, the generic and another "
-        "user's prompt, against vanilla DPO on all users and other baselines, with intervals and a verdict.",
+        description="Say whether users gain from their own soft prompts: pair accuracy with the user's own prompt, the "
+        "generic prompt and another user's prompt, against vanilla DPO on all users and other baselines, with intervals and a "
+        "verdict.",
         epilog="The exit code is 0 whatever the verdict is.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="folder that training wrote, or a repository on the hub")
     data = parser.add_argument_group("data", "A file, a folder of files or of `save_to_disk`, or a name on the hub.")
-    data.add_argument("--dataset_name", required=True, metavar="DATASET", help="held-out pairs")
+    data.add_argument("--dataset_name", required=True, metavar="DATASET", help="held-out pairs to score")
     data.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
-    data.add_argument("--dataset_test_split", metavar="NAME", help="default: test, or the only split there is")
+    data.add_argument("--dataset_test_split", metavar="NAME", help="split to score; default: test, or the only one")
     data.add_argument(
-        "--train_dataset", metavar="DATASET", help="pairs of the training; default: those of --dataset_name"
+        "--train_dataset",
+        metavar="DATASET",
+        help="pairs that the model was trained on; default: those of --dataset_name",
     )
-    data.add_argument("--dataset_train_split", default="train", metavar="NAME", help="default: train")
-    data.add_argument("--user_id_column", metavar="NAME", help="default: as in the training, else user_id")
+    data.add_argument(
+        "--dataset_train_split", default="train", metavar="NAME", help="split with these pairs; default: train"
+    )
+    data.add_argument(
+        "--user_id_column", metavar="NAME", help="column with the user of each row; default: that of the training"
+    )
     data.add_argument(
         "--opposite_column",
         metavar="NAME",
@@ -108,15 +126,25 @@ def make_eval_parser() -> ArgumentParser:
     _add_baseline_options(parser)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
-        "--generate", type=_positive, default=0, metavar="N", help="every user answers N of the prompts; default: none"
+        "--generate", type=_positive, default=0, metavar="N", help="prompts to answer for every user; default: none"
     )
-    answers.add_argument("--max_new_tokens", type=_positive, default=128, metavar="N", help="default: 128")
-    answers.add_argument("--do_sample", action="store_true", help="sample, instead of the likeliest tokens")
+    answers.add_argument(
+        "--max_new_tokens", type=_positive, default=128, metavar="N", help="tokens of an answer at most; default: 128"
+    )
+    answers.add_argument(
+        "--do_sample", action="store_true", help="sample tokens, instead of taking the likeliest ones"
+    )
     _add_loading_options(parser)
-    parser.add_argument("--batch_size", type=_positive, default=8, metavar="N", help="pairs at a time; default: 8")
-    parser.add_argument("--beta", type=float, metavar="B", help="default: as in the training")
-    parser.add_argument("--max_length", type=_positive, metavar="N", help="default: as in the training")
-    parser.add_argument("--output_dir", metavar="FOLDER", help="for tables and pictures; default: MODEL/evaluation")
+    parser.add_argument(
+        "--batch_size", type=_positive, default=8, metavar="N", help="pairs scored at a time; default: 8"
+    )
+    parser.add_argument("--beta", type=float, metavar="B", help="beta of DPO; default: that of the training")
+    parser.add_argument(
+        "--max_length", type=_positive, metavar="N", help="tokens of a row at most; default: as in the training"
+    )
+    parser.add_argument(
+        "--output_dir", metavar="FOLDER", help="folder for tables and pictures; default: MODEL/evaluation"
+    )
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampled answers; default: 0")
@@ -125,9 +153,9 @@ def make_eval_parser() -> ArgumentParser:
 
 
 def _add_baseline_options(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("baselines", "Trained with the settings of the training, found in MODEL.")
+    group = parser.add_argument_group("baselines", "They are trained with the settings that MODEL was trained with.")
     group.add_argument(
-        "--ref_model", metavar="MODEL", help="what the training started from; needed if MODEL is no adapter"
+        "--ref_model", metavar="MODEL", help="model that the training started from; needed if MODEL is not an adapter"
     )
     group.add_argument(
         "--vanilla", metavar="FOLDER", help="vanilla DPO on all users, trained before (user_model_kind none)"
@@ -136,7 +164,7 @@ def _add_baseline_options(parser: ArgumentParser) -> None:
         "--baselines",
         default="",
         metavar="A,B,...",
-        help="to train now, from the pairs of --train_dataset: vanilla, user_id_text, in_context, lora_per_user",
+        help="baselines to train now, on the pairs of --train_dataset: pooled, user_id_text, in_context, lora_per_user",
     )
     group.add_argument(
         "--max_steps", type=_positive, metavar="N", help="training steps of each baseline; default: as in the training"
@@ -153,7 +181,7 @@ def make_generate_parser() -> ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder that training wrote, or a repository on the hub")
     users = parser.add_mutually_exclusive_group()
-    users.add_argument("--users", metavar="A,B,...", help="user ids; without them, the generic user")
+    users.add_argument("--users", metavar="A,B,...", help="ids of the users; default: the generic user")
     users.add_argument("--users_file", metavar="FILE", help="a file with one user id a line")
     parser.add_argument(
         "--user_profiles",
@@ -161,7 +189,7 @@ def make_generate_parser() -> ArgumentParser:
         help='an object of texts about users, {"id": "text", ...}, for a model trained with profiles',
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     prompts.add_argument(
         "--prompts_file",
         metavar="FILE",
@@ -170,20 +198,28 @@ def make_generate_parser() -> ArgumentParser:
     _add_generation_options(parser)
     _add_loading_options(parser)
     parser.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
-    parser.add_argument("--output", metavar="FILE", help="write there; default: the standard output")
+    parser.add_argument("--output", metavar="FILE", help="file to write to; default: the standard output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _add_generation_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("generation", "What is not set follows the model's own generation settings.")
-    group.add_argument("--max_new_tokens", type=_positive, default=128, metavar="N", help="default: 128")
-    group.add_argument("--do_sample", action="store_true", help="sample; implied by --temperature and --top_p")
+    group.add_argument(
+        "--max_new_tokens", type=_positive, default=128, metavar="N", help="tokens of an answer at most; default: 128"
+    )
+    group.add_argument("--do_sample", action="store_true", help="sample tokens; implied by --temperature and --top_p")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token, without sampling")
-    group.add_argument("--top_p", type=float, metavar="P")
-    group.add_argument("--repetition_penalty", type=float, metavar="R")
+    group.add_argument(
+        "--top_p", type=float, metavar="P", help="sample from the likeliest tokens, of probability P together"
+    )
+    group.add_argument(
+        "--repetition_penalty", type=float, metavar="R", help="above 1, tokens that occurred before are less likely"
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling; default: 0")
-    group.add_argument("--batch_size", type=_positive, default=8, metavar="N", help="rows at a time; default: 8")
+    group.add_argument(
+        "--batch_size", type=_positive, default=8, metavar="N", help="answers written at a time; default: 8"
+    )
     group.add_argument(
         "--no_chat_template", action="store_true", help="give text as it is to a model that has a chat template"
     )
@@ -191,9 +227,11 @@ def _add_generation_options(parser: ArgumentParser) -> None:
 
 def _add_loading_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as saved")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights; default: auto, as saved")
     group.add_argument(
-        "--device_map", metavar="MAP", help='such as "auto" or "cuda:0"; default: an accelerator, if any'
+        "--device_map",
+        metavar="MAP",
+        help='where the weights go, such as "auto" or "cuda:0"; default: an accelerator, if any',
     )
     group.add_argument("--load_in_4bit", action="store_true", help="quantize the language model (bitsandbytes)")
 
@@ -202,7 +240,7 @@ def make_info_parser() -> ArgumentParser:
     """The options of `trl-personal info`."""
     parser = ArgumentParser(
         prog=f"{PROG} info",
-        description="What a trained model is. The language model's weights are not loaded.",
+        description="Say what a trained model is. The language model's weights are not loaded.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="folder that training wrote, or a repository on the hub")

@@ -59,7 +59,7 @@ def run_eval(arguments: Namespace) -> None:
 
 @contextmanager
 def _bars() -> Iterator[bool]:
-    """Progress bars only where somebody looks; gives whether they are hidden."""
+    """Show progress bars only on a terminal; the value given is whether they are hidden."""
     hidden, shown_before = not sys.stderr.isatty(), is_progress_bar_enabled()
     if hidden:
         disable_progress_bars()
@@ -75,14 +75,14 @@ def _load(name: str, config: str | None) -> Splits:
 
 
 def _test_split(splits: Splits, name: str | None) -> Dataset:
-    """The split that was named, `test`, or the only one."""
+    """The split that was named; by default `test`, or the only split there is."""
     if name is None and TEST not in splits and len(splits) == 1:
         name = next(iter(splits))
     return _rows(select_split(splits, name or TEST, TEST))
 
 
 def _train_split(splits: Splits, arguments: Namespace) -> Dataset | None:
-    """The pairs of the training, if baselines need them; not those to be scored."""
+    """The pairs that the model was trained on, if baselines need them. They must not be the pairs to be scored."""
     if not arguments.baselines:
         return None
     if arguments.train_dataset is not None:

@@ -138,7 +138,7 @@ def _list_in(row: Row, names: Names) -> list[Any]:
 
 
 def _comparisons(row: Row, columns: Columns, count: int) -> Iterator[tuple[int, int, bool]]:
-    """Number of the better response, of the worse one, and whether they are tied, for every two responses that compare."""
+    """For every two responses that are compared: numbers of the better and of the worse one, and whether they are tied."""
     if columns.responses is None:
         yield 0, 1, False
         return
@@ -192,7 +192,7 @@ def number_of(value: object, name: str) -> float:
     The number that `value` is, or that a text says.
 
     Raises:
-        `SkippedRow`: if it is none.
+        `SkippedRow`: if `value` is not a number.
     """
     try:
         number = float(value) if isinstance(value, int | float | str) else math.nan

@@ -56,27 +56,28 @@ def load_generic(
 
     Args:
         name_or_path (`str` or `Path`): A set on the Hub, a file, or a folder with files of one type.
-        user_id (`str`): Column of the user, text or integer.
-        prompt (`str`, *optional*): Column of the prompt.
-        chosen (`str`): Column of the preferred response; used without `responses`.
-        rejected (`str`): Column of the other response; used without `responses`.
-        responses (`str` or `Sequence[str]`, *optional*): Column or columns of the responses.
-        choice (`str`, *optional*): Column of the choice.
-        choice_values (`Mapping`, *optional*): From values of `choice` to the number of the best response, or to `None` for a
-            tie. Without it, a value that starts with "tie" is a tie.
-        ratings (`str` or `Sequence[str]`, *optional*): Column or columns of the ratings.
-        ranking (`str` or `Sequence[str]`, *optional*): Column or columns of the ranks.
+        user_id (`str`): Name of the column with the user, text or integers.
+        prompt (`str`, *optional*): Name of the column with the prompt.
+        chosen (`str`): Name of the column with the preferred response. It is not read if `responses` is given.
+        rejected (`str`): Name of the column with the other response. It is not read if `responses` is given.
+        responses (`str` or `Sequence[str]`, *optional*): Name or names of the columns with the responses.
+        choice (`str`, *optional*): Name of the column that says which response is best.
+        choice_values (`Mapping`, *optional*): What the values of `choice` mean: the number of the best response, or `None` for
+            a tie. Without it, a value that starts with "tie" is a tie.
+        ratings (`str` or `Sequence[str]`, *optional*): Name or names of the columns with the ratings.
+        ranking (`str` or `Sequence[str]`, *optional*): Name or names of the columns with the ranks.
         ties (`str`, defaults to `"skip"`): What to make of two equally good responses: `"skip"` counts them in the report,
             `"both"` gives one pair each way, which teaches indifference.
-        user_profile (`str`, *optional*): Column of the text about the user.
-        split (`str`, *optional*): Column of the row's split: `train`, or a word that starts with test, valid, dev or eval.
+        user_profile (`str`, *optional*): Name of the column with the text about the user.
+        split (`str`, *optional*): Name of the column with the row's split: `train`, or a word that starts with test, valid,
+            dev or eval.
         test_size (`float`, *optional*): Share of the prompts in `test`. `None` keeps the splits of a source that has several,
-            and means 0.1 for one that has none. Not used with `split`.
-        unknown_users (`float`): Share of the users to keep for `test_unknown_users`. Not used with `split`.
-        seed (`int`): Another seed holds out others.
-        config_name (`str`, *optional*): Configuration of the set on the Hub.
-        revision (`str`, *optional*): Revision of the set on the Hub.
-        on_report (`Callable`, *optional*): Is handed the [`LoadReport`].
+            and means 0.1 for one that has none. It cannot be given with `split`.
+        unknown_users (`float`): Share of the users to keep for `test_unknown_users`. It cannot be given with `split`.
+        seed (`int`): Random seed for holding out. Another seed holds out other prompts and users.
+        config_name (`str`, *optional*): Name of the configuration of the set on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of the set on the Hub.
+        on_report (`Callable`, *optional*): Function that is called with the [`LoadReport`].
 
     Returns:
         `DatasetDict` with the source's splits, or `train`, `test` (unless its share is 0) and, if

@@ -43,7 +43,7 @@ def messages_of(value: object, column: str) -> list[Message]:
     `value` as messages with nothing but role and content.
 
     Raises:
-        `SkippedRow`: if it is no list of messages, or a message has no text.
+        `SkippedRow`: if `value` is not a list of messages, or a message has no text.
     """
     if not isinstance(value, list) or not is_messages(value):
         raise SkippedRow(f"`{column}` is not a list of messages")

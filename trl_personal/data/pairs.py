@@ -85,14 +85,14 @@ def make_splits(
 
     Args:
         sources (`dict`): Raw rows per split of the source.
-        row_to_pairs (`Callable`): See `RowToPairs`.
+        row_to_pairs (`Callable`): The loader's work on one raw row, see `RowToPairs`.
         features (`Features`): Columns of the pairs, `user_id` among them.
-        split_rule (`SplitRule`): Places the pairs that do not name their split.
-        name (`str`): The source, for the report.
-        rows_read (`int`): Rows that were left out before.
-        filtered (`Counter`, *optional*): Reasons for leaving them out.
-        broken (`Counter`, *optional*): Reasons for leaving them out.
-        on_report (`Callable`, *optional*): Is called with the [`LoadReport`].
+        split_rule (`SplitRule`): Rule that places the pairs that do not name their split.
+        name (`str`): Name of the source, for the report.
+        rows_read (`int`): Number of rows that the loader has read and left out before.
+        filtered (`Counter`, *optional*): Number of sound rows among them, for each reason.
+        broken (`Counter`, *optional*): Number of broken rows among them, for each reason.
+        on_report (`Callable`, *optional*): Function that is called with the [`LoadReport`].
 
     Raises:
         `ValueError`: if no pair is left; the message has the report.

@@ -69,15 +69,15 @@ def load_prism(
 
     Args:
         name_or_path (`str` or `Path`): The set on the Hub, or a folder with `survey.jsonl` and the table's `.jsonl` file.
-        table (`str`): `"conversations"` or `"utterances"`. Both hold the same answers.
-        stated_preferences (`str`): `"scores"` or `"display_order"`.
-        conversational (`bool`): Prompts and answers as messages, for the chat template; otherwise text with `User:` and
+        table (`str`): Which table to read, `"conversations"` or `"utterances"`. Both hold the same answers.
+        stated_preferences (`str`): Which stated preferences a profile has, `"scores"` or `"display_order"`, see above.
+        conversational (`bool`): Whether prompts and answers are messages, for the chat template, and not text with `User:` and
             `Assistant:` in front of each message.
         test_size (`float`, defaults to 0.1): Share of the opening prompts in `test`.
         unknown_users (`float`, defaults to 162 of 1,396): Share of the users in `test_unknown_users`.
-        seed (`int`): Another seed holds out others.
-        revision (`str`, *optional*): Revision of the set on the Hub.
-        on_report (`Callable`, *optional*): Is handed the [`LoadReport`]; its rows are conversations.
+        seed (`int`): Random seed for holding out. Another seed holds out other prompts and users.
+        revision (`str`, *optional*): Branch, tag or commit of the set on the Hub.
+        on_report (`Callable`, *optional*): Function that is called with the [`LoadReport`], whose rows are conversations.
 
     Returns:
         `DatasetDict` with `train`, `test` and `test_unknown_users` (not those whose share is 0);

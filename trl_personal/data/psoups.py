@@ -58,14 +58,14 @@ def load_psoups(
 
     Args:
         name_or_path (`str` or `Path`): A set on the Hub, the file, or the folder.
-        conversational (`bool`): Prompts and answers as messages, for the chat template, instead of text.
+        conversational (`bool`): Whether prompts and answers are messages, for the chat template, and not text.
         test_size (`float`, *optional*): Share of the prompts in `test`. `None` keeps the splits of a source that has several,
             and means 0.1 for one that has none.
         unknown_users (`float`): Share of the users to keep for `test_unknown_users`.
-        seed (`int`): Another seed holds out others.
-        config_name (`str`, *optional*): Configuration of the set on the Hub.
-        revision (`str`, *optional*): Revision of the set on the Hub.
-        on_report (`Callable`, *optional*): Is handed the [`LoadReport`].
+        seed (`int`): Random seed for holding out. Another seed holds out other prompts and users.
+        config_name (`str`, *optional*): Name of the configuration of the set on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of the set on the Hub.
+        on_report (`Callable`, *optional*): Function that is called with the [`LoadReport`].
 
     Returns:
         `DatasetDict` with `train`, `test` (unless its share is 0) and, if asked for,

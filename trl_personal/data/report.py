@@ -18,13 +18,14 @@ class LoadReport:
 
     Args:
         source (`str`): Name of the set, or path of the file.
-        rows_read (`int`): Raw rows, before anything was left out (PRISM: conversations).
-        pairs (`Mapping[str, int]`): Pairs per split.
-        users (`Mapping[str, int]`): Users per split.
-        filtered (`Mapping[str, int]`): What is sound, but left out by a rule or an option (a tie, too long, ...), per reason.
-        broken (`Mapping[str, int]`): What cannot be used (not JSON, no user, ...), per reason.
-        shared_prompts (`int`): Prompts of `train` that occur in another split too; above 0 only if the source's own splits
-            leak.
+        rows_read (`int`): Number of raw rows (for PRISM: of conversations), before anything was left out.
+        pairs (`Mapping[str, int]`): Number of pairs in each split.
+        users (`Mapping[str, int]`): Number of users in each split.
+        filtered (`Mapping[str, int]`): Number of sound rows that a rule or an option leaves out (a tie, too long, ...), for
+            each reason.
+        broken (`Mapping[str, int]`): Number of rows that cannot be used (not JSON, no user, ...), for each reason.
+        shared_prompts (`int`): Number of prompts of `train` that occur in another split too. It is above 0 only if the
+            source's own splits leak.
 
     ```python
     >>> report = LoadReport("my.jsonl", 6, {"train": 3, "test": 1}, {"train": 2, "test": 1}, broken={"no `prompt`": 2})

@@ -13,8 +13,8 @@ class SkippedRow(Exception):
     A row, or a part of one, that gives no pair.
 
     Args:
-        reason (`str`): Why, in words that fit every such row: the report counts rows by reason.
-        broken (`bool`): `True` if the row is at fault, `False` if a rule or an option leaves a sound row out.
+        reason (`str`): Why the row gives no pair, in words that fit every such row: the report counts rows by reason.
+        broken (`bool`): Whether the row is at fault, and not a rule or an option that leaves a sound row out.
     """
 
     def __init__(self, reason: str, *, broken: bool = True) -> None:
@@ -28,7 +28,7 @@ def text_of(row: Row, column: str) -> str:
     The text in `column`, as it is.
 
     Raises:
-        `SkippedRow`: if it is missing, blank or not text.
+        `SkippedRow`: if the value is missing, blank or not text.
 
     ```python
     >>> text_of({"prompt": " Why? "}, "prompt")
@@ -50,7 +50,7 @@ def user_id_of(row: Row, column: str) -> str:
     The user in `column`, as text.
 
     Raises:
-        `SkippedRow`: if there is none, or it is neither text nor an integer.
+        `SkippedRow`: if there is no user, or the id is neither text nor an integer.
 
     ```python
     >>> user_id_of({"worker": 7}, "worker")

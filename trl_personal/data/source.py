@@ -36,7 +36,7 @@ def open_source(
         name_or_path (`str` or `Path`): A set on the Hub, a file (`.json`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.parquet`) or
             a folder with such files, all of one suffix. A path that exists wins over a name on the Hub. Values in CSV files
             are kept as text: user 007 is not user 7.
-        config_name (`str`, *optional*): Configuration of a set on the Hub.
+        config_name (`str`, *optional*): Name of the configuration of a set on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of a set on the Hub.
 
     Raises:
@@ -130,7 +130,7 @@ def read_json_list(file: Path) -> list[Any]:
     The rows of a file that is one JSON list.
 
     Raises:
-        `ValueError`: if it is damaged, or holds something else.
+        `ValueError`: if the file is damaged, or holds something else.
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))

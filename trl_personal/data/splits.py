@@ -46,11 +46,13 @@ class HeldOut:
     So no prompt of `train` is in another split, and no user of `test_unknown_users` is in another split.
 
     Args:
-        test_size (`float`): Share of the prompts that is held out; met on average, see [`is_held_out`]. 0: there is no `test`.
-        unknown_users (`float`): Share of the users that is held out; met exactly, but at least one user, and not all.
-        seed (`int`): Another seed holds out others.
-        held_out_users (`frozenset[str]`): The held-out users, set by [`HeldOut.after`].
-        trained (`frozenset[str]`): The prompts in `train`, set by [`HeldOut.after`].
+        test_size (`float`): Share of the prompts that is held out. It is met on average, see [`is_held_out`]; with 0 there is
+            no `test`.
+        unknown_users (`float`): Share of the users that is held out. It is met exactly, with at least one user held out and
+            one kept.
+        seed (`int`): Random seed for holding out. Another seed holds out other prompts and users.
+        held_out_users (`frozenset[str]`): The held-out users, which [`HeldOut.after`] chooses.
+        trained (`frozenset[str]`): The prompts in `train`, which [`HeldOut.after`] finds.
 
     ```python
     >>> rule = HeldOut(test_size=0.5)
@@ -80,7 +82,7 @@ class HeldOut:
         if user_id not in self.held_out_users:
             return TEST if is_held_out(prompt, self.test_size, self.seed) else TRAIN
         if prompt in self.trained:
-            raise SkippedRow("a pair of a held-out user whose prompt is trained on", broken=False)
+            raise SkippedRow("the pair belongs to a held-out user, and its prompt is trained on", broken=False)
         return TEST_UNKNOWN_USERS
 
     def after(self, seen: Iterable[tuple[str, str]]) -> "HeldOut":

@@ -27,14 +27,16 @@ def make_dialogue_preferences(
 ) -> DatasetDict:
     """
     Dialogues of two turns, in the columns of [`load_prism`]: in each turn the user picks one of a short, a detailed and a
-    friendly answer, always by the own taste, so that a turn has two pairs. The profile of a user says the taste in words that
-    other users with the same taste share.
+    friendly answer, always by the same taste, so that a turn has two pairs. The profile of a user says the taste in words that
+    other users with this taste share.
 
     Args:
-        num_users (`int`, *optional*, defaults to `9`): In `train` and `test`, `user_01` and so on; tastes take turns.
-        num_unknown_users (`int`, *optional*, defaults to `6`): In `test_unknown_users` only.
-        dialogues_per_user (`int`, *optional*, defaults to `25`): Of each known user; a fifth of them in `test`.
-        seed (`int`, *optional*, defaults to `42`): The same seed gives the same rows.
+        num_users (`int`, *optional*, defaults to `9`): Number of users in `train` and `test`, who are named `user_01` and so
+            on. Tastes take turns.
+        num_unknown_users (`int`, *optional*, defaults to `6`): Number of users who are in `test_unknown_users` only.
+        dialogues_per_user (`int`, *optional*, defaults to `25`): Number of dialogues of each known user. A fifth of them are
+            in `test`.
+        seed (`int`, *optional*, defaults to `42`): Random seed. The same seed gives the same rows.
 
     Returns:
         [`~datasets.DatasetDict`] with `train`, `test` and `test_unknown_users`, columns `prompt`, `chosen`, `rejected`

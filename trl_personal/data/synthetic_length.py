@@ -145,12 +145,14 @@ def make_length_preferences(
     from the same posts, two users to a post on average, and often disagree about one. No post of `train` is in `test`.
 
     Args:
-        num_users (`int`, *optional*, defaults to `10`): Named `user_01`, `user_02`, ...
-        train_pairs_per_user (`int`, *optional*, defaults to `200`): Pairs of each user, each of another post.
-        test_pairs_per_user (`int`, *optional*, defaults to `30`): Likewise, of posts that are not in `train`.
+        num_users (`int`, *optional*, defaults to `10`): Number of users, who are named `user_01`, `user_02`, ...
+        train_pairs_per_user (`int`, *optional*, defaults to `200`): Number of pairs of each user in `train`, each about
+            another post.
+        test_pairs_per_user (`int`, *optional*, defaults to `30`): Number of pairs of each user in `test`, each about another
+            post that is not in `train`.
         shorter_share (`float`, *optional*, defaults to `0.3`): Share of users who prefer shorter summaries, rounded to
             whole users.
-        seed (`int`, *optional*, defaults to `42`): The same seed gives the same rows.
+        seed (`int`, *optional*, defaults to `42`): Random seed. The same seed gives the same rows.
 
     Returns:
         [`~datasets.DatasetDict`] with `train` and `test`, columns `prompt`, `chosen`, `rejected`, `user_id` and

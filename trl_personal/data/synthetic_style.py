@@ -140,15 +140,15 @@ ANSWERS = {
 def make_style_preferences(train_prompts: int = 200, test_prompts: int = 30, seed: int = 42) -> DatasetDict:
     """
     The paper's style task in miniature: six users, two for each of three dimensions (expertise, informativeness, tone), each
-    of whom prefers an answer in the own style to one in the opposite style of the same dimension.
+    of whom prefers an answer in their own style to one in the opposite style of the same dimension.
 
     All six judge every question, and the two users of a dimension judge the same two answers, so that a model that does not
     know users is right in exactly half of the pairs. No question of `train` is in `test`.
 
     Args:
-        train_prompts (`int`, *optional*, defaults to `200`): Questions in `train`; each is a row of every user.
-        test_prompts (`int`, *optional*, defaults to `30`): Likewise in `test`.
-        seed (`int`, *optional*, defaults to `42`): The same seed gives the same rows.
+        train_prompts (`int`, *optional*, defaults to `200`): Number of questions in `train`. Each gives a row of every user.
+        test_prompts (`int`, *optional*, defaults to `30`): Number of questions in `test`.
+        seed (`int`, *optional*, defaults to `42`): Random seed. The same seed gives the same rows.
 
     Returns:
         [`~datasets.DatasetDict`] with `train` and `test`, columns `prompt`, `chosen`, `rejected`, `user_id` and `user_profile`
@@ -196,7 +196,7 @@ def _questions() -> Iterator[dict[str, str]]:
 
 
 def _judge(rng: random.Random, facts: dict[str, str]) -> Iterator[dict[str, str]]:
-    """One row for each user: the answer in the own style, and the one in the opposite style."""
+    """One row for each user: the answer in the user's own style, and the one in the opposite style."""
     answers = {style: " " + rng.choice(ANSWERS[style]).format(**facts) for style in STYLES.values()}
     for user_id, style in STYLES.items():
         yield {

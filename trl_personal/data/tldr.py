@@ -74,15 +74,17 @@ def load_tldr(
     Args:
         name_or_path (`str` or `Path`): The set on the Hub, or a file (or folder) of JSON lines in its raw schema: `info`,
             `summaries`, `choice`, `worker`, `split`. OpenAI's own files, which leave out empty fields, are read too.
-        labels (`str`): `"length"`, the paper's simulated preference, or `"choice"`, the annotator's.
-        num_users (`int`, *optional*, defaults to 10): How many workers train; `None` for all.
-        seed (`int`): Of the draws of preferences; not used with the two files.
-        max_length_chars (`int`, *optional*, defaults to 4800): Longest prompt and summary together, for training pairs only.
-        supervised_only (`bool`): Keep pairs whose policies both have "sup" and neither "ppo" nor "cnn" in their name, as
-            the paper does. `False` keeps all, CNN/DM articles included.
-        config_name (`str`, *optional*, defaults to "comparisons"): Configuration of the set on the Hub.
-        revision (`str`, *optional*): Revision of the set on the Hub.
-        on_report (`Callable`, *optional*): Is handed the [`LoadReport`].
+        labels (`str`): What decides which summary is chosen: `"length"`, the paper's simulated preference, or `"choice"`, the
+            annotator's.
+        num_users (`int`, *optional*, defaults to 10): Number of workers whose rows are trained on; `None` for all workers.
+        seed (`int`): Random seed for drawing the workers' preferences. The two files need none.
+        max_length_chars (`int`, *optional*, defaults to 4800): Characters that prompt and summary may have together in a
+            training pair. Test pairs may be longer.
+        supervised_only (`bool`): Whether to keep only pairs whose policies both have "sup" and neither "ppo" nor "cnn" in
+            their name, as the paper does. `False` keeps all, CNN/DM articles included.
+        config_name (`str`, *optional*, defaults to "comparisons"): Name of the configuration of the set on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of the set on the Hub.
+        on_report (`Callable`, *optional*): Function that is called with the [`LoadReport`].
 
     Returns:
         `DatasetDict` with `train` and `test`, columns `prompt`, `chosen`, `rejected`, `user_id` and
