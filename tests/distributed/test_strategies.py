@@ -13,7 +13,7 @@ import torch
 from trl_personal import AutoPersonalizedModelForCausalLM
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # each starts two
+pytestmark = pytest.mark.slow
 TRAIN = Path(__file__).with_name("train.py")
 FSDP2 = Path(__file__).with_name("train_fsdp2.py")
 
