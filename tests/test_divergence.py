@@ -32,7 +32,7 @@ def spoil_a_weight(model):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_a_row, "1 of .* trained tensors .*1 rows of user_model.user_offsets.weight"),
+        (spoil_a_row, r"1 of .* trained tensors \(user_model.user_offsets.weight the first\), with 1 rows of users,"),
         (spoil_a_weight, r"1 of .* trained tensors \(lm_head.weight the first\)"),
     ],
     ids=["a user's row", "a weight"],
@@ -40,7 +40,7 @@ def spoil_a_weight(model):
 def test_it_stops_before_the_next_save(make_trainer, tmp_path, spoil, message):
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     trainer = make_trainer(**settings, trainer_kwargs={"callbacks": [Spoil(3, spoil)]})
-    with pytest.raises(FloatingPointError, match=f"after step [34], {message} are not finite. .* finite after step 2"):
+    with pytest.raises(FloatingPointError, match=f"after step 3, {message} are not finite. .* finite after step 2"):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     model = AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-2")
@@ -53,7 +53,7 @@ def test_learning_rates_that_are_too_high_stop_the_run(make_trainer, settings, k
     trainer = make_trainer(user_model_kind=kind, max_steps=30, **settings)
     with pytest.raises(FloatingPointError, match="The training has diverged"):
         trainer.train()
-    assert trainer.state.global_step < 30 or trainer.state.global_step == 30
+    assert trainer.state.global_step < 30
 
 
 def test_the_step_of_the_first_bad_loss_is_told(make_trainer):
@@ -62,7 +62,7 @@ def test_the_step_of_the_first_bad_loss_is_told(make_trainer):
 
     trainer = make_trainer(max_steps=9, logging_steps=100, trainer_kwargs={"callbacks": [Spoil(2, spoil)]})
     with pytest.raises(
-        FloatingPointError, match="after step 3, .* finite after step 0; the loss was not finite in step 3"
+        FloatingPointError, match="after step 2, 1 of .* finite after step 0; the loss was not finite in step 3"
     ):
         trainer.train()
 

@@ -164,7 +164,7 @@ def _add_baseline_options(parser: ArgumentParser) -> None:
         "--baselines",
         default="",
         metavar="A,B,...",
-        help="baselines to train now, on the pairs of --train_dataset: pooled, user_id_text, in_context, lora_per_user",
+        help="baselines to train now, on the pairs of --train_dataset: vanilla, user_id_text, in_context, lora_per_user",
     )
     group.add_argument(
         "--max_steps", type=_positive, metavar="N", help="training steps of each baseline; default: as in the training"

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..user_models import UserModel
+
 
 logger = logging.getLogger(__name__)
 
 
 class DivergenceCallback(TrainerCallback):
     """
-    Looks at the trained weights before anything is logged, evaluated or saved, at the end of training, and after a step whose
-    loss was not finite. (A loss alone that is not finite stops nothing: with float16, such a step is left out.)
+    Looks at the trained weights before anything is logged, evaluated or saved, at the end of training, and where a loss is not
+    finite. (A loss alone that is not finite stops nothing: with float16, such a step is left out.)
 
     Args:
         stops (`bool`): Whether to raise; otherwise the run goes on after a warning.
@@ -27,11 +29,18 @@ class DivergenceCallback(TrainerCallback):
         self.last_good_step: int | None = None
         self._looks_bad, self._has_warned = False, False
 
-    def see_loss(self, loss: Tensor, step: int) -> None:
-        """Take note of the loss of a batch in `step`, which is under way."""
-        if not torch.isfinite(loss).all():
-            self._looks_bad = True
-            self.first_bad_loss = step if self.first_bad_loss is None else self.first_bad_loss
+    def see_loss(self, loss: Tensor, model: nn.Module, step: int) -> None:
+        """
+        Take note of the loss of a batch in `step`, before its gradients carry what is not finite into all weights.
+
+        Raises:
+            `FloatingPointError`: if neither the loss nor a weight is finite.
+        """
+        if torch.isfinite(loss).all():
+            return
+        self._looks_bad = True
+        self.first_bad_loss = step if self.first_bad_loss is None else self.first_bad_loss
+        self._look(model, step - 1)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,13 +60,14 @@ class DivergenceCallback(TrainerCallback):
         """
         ends = state.global_step >= state.max_steps
         if self._looks_bad or ends or control.should_log or control.should_save or control.should_evaluate:
-            self._check(kwargs["model"], state.global_step)
+            self._looks_bad = False
+            self._look(kwargs["model"], state.global_step)
 
-    def _check(self, model: nn.Module, step: int) -> None:
-        self._looks_bad = False
+    def _look(self, model: nn.Module, step: int) -> None:
+        """Raise, or warn, if a weight is not finite after `step`."""
         found = describe_nonfinite(model)
         if found is None:
-            self.last_good_step, self.first_bad_loss = step, None
+            self.last_good_step = step
             return
         loss = "" if self.first_bad_loss is None else f"; the loss was not finite in step {self.first_bad_loss}"
         text = (
@@ -89,12 +99,10 @@ def describe_nonfinite(model: nn.Module) -> str | None:
     bad = [name for name, parameter in named if not _is_finite(parameter).all()]
     if not bad:
         return None
-    rows = {name: p for name, p in named if name in bad and "user_model." in name}
     text = f"{len(bad)} of {len(named)} trained tensors ({bad[0]} the first)"
-    counts = [
-        f"{int((~_is_finite(p).flatten(1).all(dim=1)).sum())} rows of {name}" for name, p in rows.items() if p.ndim > 1
-    ]
-    return f"{text}, among them {' and '.join(counts)}," if counts else text
+    tables = [table for part in model.modules() if isinstance(part, UserModel) for table in part.row_tables().values()]
+    num_rows = sum(int((~_is_finite(table.weight).all(dim=1)).sum()) for table in tables)
+    return f"{text}, with {num_rows} rows of users," if num_rows else text
 
 
 def _is_finite(parameter: Tensor) -> Tensor:

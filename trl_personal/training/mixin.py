@@ -195,7 +195,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             loss = super().training_step(model, inputs, *args, **kwargs)
         else:
             loss = self._step_of_terms(model, inputs, *args, **kwargs)
-        self.divergence.see_loss(loss, self.state.global_step + 1)
+        self.divergence.see_loss(loss, model, self.state.global_step + 1)
         return loss
 
     def _step_of_terms(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
