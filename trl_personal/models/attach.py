@@ -29,20 +29,20 @@ def attach_user_model(
     Make `model` (a causal LM, or a `PeftModel` around one) a model with users, in place:
 
     - `model(input_ids, attention_mask, user_indices=...)` conditions each row on a user; without `user_indices` it is the
-      plain model, bit for bit.
+      plain model, bit for bit. `soft_prompts=...` `(batch, T, token_dim)` takes the place of `user_indices`.
     - `model.generate(..., user_ids=...)`, `model.save_pretrained(...)` and `model.push_to_hub(...)` know the users.
     - `model.user_model` is a submodule of the causal LM, `model.user_vocab` lists the users.
 
     The object keeps its type: its class becomes a subclass, of the same name, of the class it had.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): Changed in place.
-        user_model (`UserModel`): Moved to the device of the input embeddings.
-        user_vocab (`UserVocab`): Whose rows they are.
+        model (`PreTrainedModel` or `PeftModel`): The language model, which is changed in place.
+        user_model (`UserModel`): The user model, which is moved to the device of the input embeddings.
+        user_vocab (`UserVocab`): Says which row of the user model belongs to whom.
         bos_token_id (`int`, *optional*): Rows that start with this token get the soft prompt after it. Defaults to the
-            model config's.
-        user_profile_template (`str`, *optional*): How profiles read in the prompts it was trained on, for
-            [`render_user_profile`]; kept as `model.user_profile_template`.
+            `bos_token_id` in the model's config.
+        user_profile_template (`str`, *optional*): The text around a user's profile in the prompts that the model was trained
+            on, for [`render_user_profile`]. It is kept as `model.user_profile_template`.
 
     Raises:
         `ValueError`: if the model has a user model already, is not a decoder-only transformers model, or does not fit the

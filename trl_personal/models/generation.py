@@ -43,17 +43,19 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         [`~transformers.GenerationMixin.generate`] for users.
 
         Args:
-            inputs (`torch.LongTensor` `(batch, seq_len)`, *optional*): Prompt ids, also as `input_ids=`. Prompts of
-                different lengths are padded on the left, with an `attention_mask`.
-            generation_config (`GenerationConfig`, *optional*): As in transformers.
-            user_ids (`str`, `int` or a list of them, *optional*): One user per row, or one for all rows. `None` and users
-                who are not in `user_vocab` get the generic user's soft prompt.
-            user_profiles (`str` or a list of them, *optional*): What is known about the user of each row, or `None`, put into
-                the prompts as in training. It needs `tokenizer=`, to read the ids and write them anew.
-            **kwargs: As in transformers. `max_length` and `min_length` count the tokens of `inputs` and new ones only.
+            inputs (`torch.LongTensor` `(batch, seq_len)`, *optional*): The token ids of the prompts. `input_ids=` is another
+                name for them. Prompts of different lengths are padded on the left and come with an `attention_mask`.
+            generation_config (`GenerationConfig`, *optional*): The settings of generation. Defaults to
+                `model.generation_config`.
+            user_ids (`str`, `int` or a list of them, *optional*): The user of each row, or one user for all rows. `None` and
+                users who are not in `user_vocab` get the generic user's soft prompt.
+            user_profiles (`str` or a list of them, *optional*): A text about the user of each row, or `None` where nothing is
+                known. It is put into the prompts as in training, which needs `tokenizer=` to read and write their ids.
+            **kwargs: Every other argument of [`~transformers.GenerationMixin.generate`]. `max_length` and `min_length` count
+                the tokens of `inputs` and new ones only.
 
         Returns:
-            As in transformers: the prompt ids and the new tokens. Virtual tokens and profiles do not show.
+            What transformers returns: the prompt ids and the new tokens. Virtual tokens and profiles do not show.
 
         Raises:
             `ValueError`: if `user_ids` or `user_profiles` is a list of another length than the batch; for profiles, if there
@@ -68,7 +70,7 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = _mask_from_padding(input_ids, config)
-        callers_ids = input_ids
+        callers_ids = input_ids  # what shows outside; below, `input_ids` may have profiles in it
         if user_profiles is not None:
             tokenizer = kwargs.get("tokenizer")
             input_ids, attention_mask = self._insert_profiles(user_profiles, tokenizer, input_ids, attention_mask)
@@ -81,10 +83,12 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
             )
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)
+        # transformers generates from embeddings, as they alone hold the soft prompt, and gets ids beside them: logits
+        # processors look at ids. Columns without a token need an id too, one on which penalties have no effect.
         filler = _filler_ids(input_ids, attention_mask, config)
         placeholders = insert_values(torch.where(attention_mask.ne(0), input_ids, filler), token, virtual, filler)
         view = _CallersView(callers_ids, placeholders.shape[1])
-        for name in ("max_length", "min_length"):
+        for name in ("max_length", "min_length"):  # in transformers they count all columns; for the caller, its own
             length = kwargs.get(name) or getattr(config, name)
             if length:
                 kwargs[name] = length + placeholders.shape[1] - callers_ids.shape[1]
@@ -101,7 +105,7 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         input_ids: Tensor,
         attention_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Ids and mask, padded on the left, with the profile of each row in it."""
+        """Returns ids and mask, padded on the left, with the profile of each row in its prompt."""
         template = require_template(self.user_profile_template)
         if tokenizer is None:
             raise ValueError(

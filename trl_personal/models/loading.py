@@ -47,8 +47,8 @@ class AutoPersonalizedModelForCausalLM:
         [`attach_user_model`]) and in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository on the hub.
-            **kwargs: Those of [`~transformers.AutoModelForCausalLM.from_pretrained`], such as `dtype`, `device_map`,
+            pretrained_model_name_or_path (`str` or `Path`): The folder or the repository on the hub that holds the model.
+            **kwargs: Arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`], such as `dtype`, `device_map`,
                 `quantization_config`, `revision`; for an adapter they go to the base model, and `is_trainable` to PEFT.
 
         Raises:
@@ -65,7 +65,7 @@ class AutoPersonalizedModelForCausalLM:
                 + (
                     ""
                     if Path(name).is_dir()
-                    else " (It is no local folder; as a repository it was not found or not reached.)"
+                    else " (There is no local folder of that name, and no repository was found or reached.)"
                 )
             )
         user_model, user_vocab, config = load_user_model(folder)

@@ -17,7 +17,7 @@ from .calls import in_call, keep, take
 
 def insertion_positions(input_ids: Tensor, attention_mask: Tensor | None, bos_token_id: int | None) -> Tensor:
     """
-    Where each row's soft prompt goes: LongTensor `(batch,)`, the column of the first real token, plus one if that token
+    Where each row's soft prompt goes, as a LongTensor `(batch,)`: the column of the first real token, plus one if that token
     is BOS. `input_ids` and `attention_mask` (nonzero for real tokens, `None` if all are) are `(batch, seq_len)`.
 
     ```python
@@ -133,7 +133,7 @@ def realign_outputs(outputs: MutableMapping[str, Any], positions: Tensor, num_vi
 
 
 def _gather(values: Tensor, columns: Tensor) -> Tensor:
-    """`(batch, length, dim)` at `(batch, seq_len)` columns."""
+    """Takes from `values` `(batch, length, dim)` the `columns` `(batch, seq_len)` of each row."""
     return values[torch.arange(values.shape[0], device=values.device)[:, None], columns.to(values.device)]
 
 

@@ -55,18 +55,22 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 @dataclass
 class PackedPairs:
     """
-    Where things are in the rows that the decoder gets. `B` pairs, `L` columns of the batch, `W` of a packed row, `S` of the
-    scored ones in a row; `N` rows, B packed ones or 2B.
+    Where things are in the rows that the decoder gets. A batch has `B` pairs, so `2B` rows of `L` columns. The decoder gets
+    `N` rows: `B` packed ones of `W` columns, or the `2B` as they are. `S` columns of a row are scored.
 
     Args:
-        scored_columns (`LongTensor` `(N, S)`): Columns that predict a token of a completion.
-        labels (`LongTensor` `(N, S)`): Index of that token in `input_ids.flatten()`, or -1 where a row has fewer.
-        scores (`LongTensor` `(2B, L - 1)`): Index in `(N, S)`, flat, of what the caller's column predicts, or -1.
-        tokens (`LongTensor` `(B, W)`, *optional*): Index of the token in `input_ids.flatten()`. `None` if each sequence has
-            a row of its own, and so are the next two.
-        branches (`LongTensor` `(B, W)`, *optional*): `PADDING`, `PREFIX`, `CHOSEN` or `REJECTED`.
-        position_ids (`LongTensor` `(B, W)`, *optional*): As in a row of its own.
-        rejected (`BoolTensor` `(B, R)`, *optional*): Of the R columns from the first rejected one on, those of that branch.
+        scored_columns (`LongTensor` `(N, S)`): The columns of each row that predict a token of a completion.
+        labels (`LongTensor` `(N, S)`): The token that such a column predicts, as an index into `input_ids.flatten()`; -1
+            where a row has fewer scored columns than `S`.
+        scores (`LongTensor` `(2B, L - 1)`): For each column of the caller, where the score of the token it predicts is, as an
+            index into the flattened `(N, S)` scores; -1 where nothing is scored.
+        tokens (`LongTensor` `(B, W)`, *optional*): The token in each packed column, as an index into `input_ids.flatten()`.
+            This and the three that follow are `None` if the rows are not packed.
+        branches (`LongTensor` `(B, W)`, *optional*): What each packed column belongs to: `PADDING`, `PREFIX`, `CHOSEN` or
+            `REJECTED`.
+        position_ids (`LongTensor` `(B, W)`, *optional*): The position that each packed column's token has in its own row.
+        rejected (`BoolTensor` `(B, R)`, *optional*): True where a column belongs to the rejected branch; column 0 is the first
+            rejected token, and `R` the length of the longest rejected branch.
     """
 
     scored_columns: Tensor
@@ -78,7 +82,7 @@ class PackedPairs:
     rejected: Tensor | None = None
 
     def to_dict(self) -> dict[str, Tensor]:
-        """As a part of a batch, which moves between devices."""
+        """The tensors by name, for a batch: what is in a batch is moved to the model's device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -89,9 +93,9 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     not on the right.
 
     Args:
-        input_ids (`LongTensor` `(2B, L)`): Chosen rows, then rejected ones.
-        attention_mask (`LongTensor` `(2B, L)`): Nonzero at tokens.
-        completion_mask (`LongTensor` `(2B, L)`): Nonzero at tokens to be scored.
+        input_ids (`LongTensor` `(2B, L)`): The token ids of the chosen rows, then those of the rejected rows.
+        attention_mask (`LongTensor` `(2B, L)`): Nonzero where there is a token, 0 where there is padding.
+        completion_mask (`LongTensor` `(2B, L)`): Nonzero at the tokens of completions, which are scored.
 
     ```python
     >>> ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 6, 0]])
@@ -117,9 +121,12 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
         completion_mask[num_pairs:]
     )
     same &= column < torch.minimum(chosen, rejected)[:, None]
+    # A cumulative product is 1 up to the first difference, so its sum is the number of common tokens. The last of them is
+    # not in the prefix but in both branches: it predicts the next chosen token in one, the next rejected token in the other.
     prefix = same.long().cumprod(dim=1).sum(dim=1) - 1  # its last element opens both branches
     if prefix.numel() == 0 or prefix.min() < 1:  # the soft prompt, after BOS, must be in the prefix
         return None
+    # The last token of a sequence predicts nothing, so each branch is one token shorter than its sequence.
     in_chosen, in_rejected = chosen - 1 - prefix, rejected - 1 - prefix
     end = prefix + in_chosen + in_rejected
     width = int(end.max())
@@ -130,12 +137,18 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     branches[column >= end[:, None]] = PADDING
     rejected = torch.arange(max(int(in_rejected.max()), 1), device=input_ids.device) < in_rejected[:, None]
     is_rejected, is_token = branches == REJECTED, branches != PADDING
+    # A rejected token stands behind the chosen branch, but its position goes on from the prefix. Position = column in the
+    # sequence's own row, which is also where its token is found.
     position_ids = torch.where(is_token, column - is_rejected * in_chosen[:, None], 0)
     row = torch.arange(num_pairs, device=input_ids.device)[:, None] + num_pairs * is_rejected
     tokens = torch.where(is_token, row * seq_len + position_ids, 0)
 
+    # What a column predicts is the token after its own, in the caller's row: `tokens + 1`, not the next packed column, which
+    # at the end of the prefix and of the chosen branch belongs to something else.
     following = torch.where(is_token, tokens + 1, 0)
     is_scored = is_token & completion_mask.flatten()[following].ne(0)
+    # Back again: column t of the caller's chosen row is packed column t; in the rejected row, columns from the end of the
+    # prefix on have moved behind the chosen branch.
     caller = torch.arange(seq_len - 1, device=input_ids.device)
     shift = torch.cat([torch.zeros_like(in_chosen), in_chosen])
     packed_column = caller + torch.where(caller >= prefix.repeat(2)[:, None], shift[:, None], 0)
@@ -148,7 +161,7 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
 
 def select_scored(completion_mask: Tensor) -> PackedPairs:
     """
-    Rows as they are, `(2B, L)`, of which only the scored columns reach the LM head.
+    For rows that stay as they are, `(2B, L)`: only their scored columns reach the LM head.
 
     ```python
     >>> select_scored(torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]])).scored_columns
@@ -165,7 +178,7 @@ def select_scored(completion_mask: Tensor) -> PackedPairs:
 
 
 def _scored(is_scored: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`scored_columns` and `labels`, and the rank of each column among the scored ones of its row."""
+    """Returns `scored_columns`, `labels`, and the rank of each column among the scored columns of its row."""
     num_scored = max(int(is_scored.sum(dim=1).max()), 1)
     scored_columns = is_scored.long().argsort(dim=1, descending=True, stable=True)[:, :num_scored]
     labels = torch.where(is_scored, following, -1).gather(1, scored_columns)
@@ -174,8 +187,8 @@ def _scored(is_scored: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def packed_attention_mask(branches: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
     """
-    Which columns see which, bool `(batch, 1, W, W)`: earlier ones of the prefix and of the own branch, at most `window`
-    positions back. Padding sees itself, as a row of nothing would be NaN.
+    Which columns see which, bool `(batch, 1, W, W)`: a column sees earlier ones of the prefix and of its own branch, at most
+    `window` positions back. Padding sees itself, as the softmax over nothing would be NaN.
 
     ```python
     >>> packed_attention_mask(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]]))[0, 0].long()
@@ -201,11 +214,14 @@ class PackedAttentionMask(Tensor):
     and a causal block needs no mask. The W^2 values `(B, 1, W, W)` are computed for any other function that reads them.
 
     Args:
-        branches (`LongTensor` `(B, W)`): As there.
-        position_ids (`LongTensor` `(B, W)`): As there.
-        num_rejected (`int`): R, at least as many as any row has in that branch.
-        row_length (`int`): At least as many columns as a row of its own has; C is this or W, K is this.
-        window (`int`, *optional*): As there.
+        branches (`LongTensor` `(B, W)`): What each column belongs to: `PADDING`, `PREFIX`, `CHOSEN` or `REJECTED`.
+        position_ids (`LongTensor` `(B, W)`): The position of each column's token in its own row. They restart in the rejected
+            branch.
+        num_rejected (`int`): R, the number of columns in the longest rejected branch, or more.
+        row_length (`int`): K, the number of columns that the longest sequence would need in a row of its own, or more. C is
+            the smaller of K and W.
+        window (`int`, *optional*): In layers with sliding-window attention, how many positions a column sees, itself included.
+            `None` in layers without.
 
     ```python
     >>> branches, position_ids = torch.tensor([[1, 1, 2, 3, 3]]), torch.tensor([[0, 1, 2, 2, 3]])
@@ -231,7 +247,7 @@ class PackedAttentionMask(Tensor):
     def make(
         cls, branches: Tensor, position_ids: Tensor, num_rejected: int, row_length: int, window: int | None = None
     ) -> "PackedAttentionMask":
-        """For rows of these branches, without waiting for the device."""
+        """The mask of rows with these branches. All sizes are known beforehand, so nothing waits for the device."""
         (num_rows, width), device = branches.shape, branches.device
         self = torch.zeros((), dtype=torch.bool, device=device).expand(num_rows, 1, width, width).as_subclass(cls)
         self.dense = partial(packed_attention_mask, branches, position_ids, window)
@@ -239,8 +255,11 @@ class PackedAttentionMask(Tensor):
         prefix = branches.eq(PREFIX).sum(dim=1, keepdim=True)
         start = prefix + branches.eq(CHOSEN).sum(dim=1, keepdim=True)  # of rejected
         column = torch.arange(row_length, device=device)
+        # What the rejected branch sees is prefix and rejected without chosen between them: the sequence in a row of its own.
         keys = torch.where(column < prefix, column, start + column - prefix).clamp(max=width - 1)
         has_all_queries = 2 * num_rejected > row_length  # half of a square is less than R rows of it
+        # Ranks count columns of that row. Queries start at rank `first`: at 0 if all of the row is computed (a square block is
+        # causal and needs no mask), else where the rejected branch starts.
         first = torch.zeros_like(prefix) if has_all_queries else prefix
         rank = first + torch.arange(row_length if has_all_queries else num_rejected, device=device)
         queries = keys if has_all_queries else (start + rank - prefix).clamp(max=width - 1)
@@ -252,6 +271,8 @@ class PackedAttentionMask(Tensor):
             visible = column <= rank[:, :, None]
             visible = visible if window is None else visible & (rank[:, :, None] - column < window)
             self.rejected_mask = visible[:, None]
+        # Results of the chosen block come first, those of the rejected block behind them, `prefix - first` of which (the
+        # prefix, computed a second time) are not needed. `order` says where the result of each column is.
         column = torch.arange(width, device=device)
         order = torch.where(column < start, column, self.num_chosen + column - start + prefix - first)
         num_computed = self.num_chosen + queries.shape[1]
@@ -272,7 +293,7 @@ class PackedAttentionMask(Tensor):
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: PackedAttentionMask, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """`scaled_dot_product_attention` with a [`PackedAttentionMask`]: `(B, heads, W, width of a head)`."""
+    """Computes `scaled_dot_product_attention` with a [`PackedAttentionMask`]: `(B, heads, W, width of a head)`."""
     dropout_p = args[0] if args else kwargs.pop("dropout_p", 0.0)
     kwargs.pop("is_causal", None)  # not with a mask
 
@@ -291,18 +312,18 @@ def _attend(
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """`(B, heads, N, width)` of `(B, heads, W, width)` at the columns of a [`_flat_index`] `(B, N)`."""
+    """Takes from `values` `(B, heads, W, width)` the columns of a [`_flat_index`] `(B, N)`: `(B, heads, N, width)`."""
     taken = values.transpose(1, 2).flatten(0, 1).index_select(0, index.flatten())
     return taken.unflatten(0, index.shape).transpose(1, 2)
 
 
 def _flat_index(columns: Tensor, width: int) -> Tensor:
-    """Of `columns` `(B, N)` in the rows, put end to end, of a batch `(B, width)`."""
+    """Turns column numbers `(B, N)` into positions in the flattened batch `(B * width,)`."""
     return columns + width * torch.arange(columns.shape[0], device=columns.device)[:, None]
 
 
 def _band(column: Tensor, length: int, window: int | None) -> Tensor | None:
-    """Of a causal block, bool `(1, 1, length, length)`, or `None` where the window is not shorter than the block."""
+    """The sliding-window mask of a causal block, bool `(1, 1, length, length)`; `None` if the window covers the block."""
     if window is None or window >= length:
         return None
     distance = column[:, None] - column
@@ -327,14 +348,15 @@ def reason_not_to_share(config: PreTrainedConfig) -> str | None:
 
 class PrefixSharing:
     """
-    Lets a causal LM with TRL's fused head take packed pairs: `model(..., packed_pairs=PackedPairs(...).to_dict())` with
-    `input_ids`, `labels` and all else as without computes the same outputs of shape `(2B, L - 1)`.
+    Lets a causal LM with TRL's fused head take packed pairs. `model(..., packed_pairs=PackedPairs(...).to_dict())` takes the
+    same `input_ids`, `labels` and so on as without, and computes the same outputs of shape `(2B, L - 1)`. Users, or
+    `soft_prompts`, are given for all 2B rows; both rows of a pair must have the same, and the chosen row's is taken.
 
     It is two pairs of hooks. Those on the causal LM pack what goes in and unpack what comes out; those on its decoder turn the
     branches into attention masks, after a soft prompt was put in, and leave only the hidden states that are scored.
 
     Args:
-        causal_lm (`PreTrainedModel`): With TRL's fused head, without PEFT around it.
+        causal_lm (`PreTrainedModel`): The language model with TRL's fused head, without PEFT around it.
     """
 
     def __init__(self, causal_lm: Any) -> None:
@@ -423,12 +445,13 @@ class PackingCost:
     When packed rows are cheaper: a count of floating-point operations.
 
     Args:
-        num_parameters (`int`): Of the decoder's matrices: two operations each for a token.
-        attention_width (`int`): Layers times width of queries: four operations each for a query and a key.
-        num_virtual_tokens (`int`): In front of every row.
+        num_parameters (`int`): The number of weights in the decoder's matrices. Each costs two operations a token.
+        attention_width (`int`): The number of layers times the width of the queries. Each unit costs four operations for a
+            query and a key.
+        num_virtual_tokens (`int`): The length of the soft prompt, which is in front of every row.
         has_blocks (`bool`): Whether attention goes by [`PackedAttentionMask`], and leaves out what is not seen.
         attention_penalty (`float`): How much longer an operation of attention takes than one of a matrix product.
-        margin (`float`): Pack only if it costs less than this share.
+        margin (`float`): Pairs are packed if they then cost less than this share of what two rows cost.
     """
 
     num_parameters: int
@@ -439,7 +462,7 @@ class PackingCost:
     margin: float = 0.97
 
     def operations(self, num_columns: float, num_scores: float) -> float:
-        """For as many columns, and scores of a query and a key."""
+        """Operations for this many columns, and this many scores of a query and a key."""
         return 2 * self.num_parameters * num_columns + 4 * self.attention_penalty * self.attention_width * num_scores
 
     def separate(self, seq_len: int) -> float:
@@ -462,7 +485,7 @@ class PackingCost:
 
     @classmethod
     def of_model(cls, causal_lm: Any, num_virtual_tokens: int = 0) -> "PackingCost":
-        """For a language model, by its config and the shapes of its parameters."""
+        """The costs of a language model, from its config and the shapes of its parameters."""
         config = causal_lm.config.get_text_config()
         embedding = causal_lm.get_input_embeddings()
         outside = {id(p) for p in embedding.parameters()}
@@ -477,7 +500,7 @@ class PairPacker:
     Packs the pairs of a batch where that pays.
 
     Args:
-        cost ([`PackingCost`], *optional*): When it pays; always, if not given.
+        cost ([`PackingCost`], *optional*): Says when packing pays. Without it, pairs are always packed.
         selects (`bool`): Whether pairs that are not packed come with [`select_scored`]: on a CPU, TRL's head scores all
             columns, on a GPU only those with a label.
     """

@@ -49,7 +49,7 @@ def register_user_model(kind: str) -> Callable[[UserModelClass], UserModelClass]
 
 
 def get_user_model_class(kind: str) -> type["UserModel"]:
-    """The class registered as `kind`; a `ValueError` that names the known kinds otherwise."""
+    """Returns the class registered as `kind`. Raises a `ValueError` that names the known kinds if there is none."""
     if kind not in USER_MODELS:
         raise ValueError(
             f"There is no user model of kind {kind!r}. Known kinds: {sorted(USER_MODELS)}. If the kind is your own, "
@@ -64,9 +64,9 @@ class UserModelConfig:
     Sizes of a user model. A kind with options of its own declares a subclass and names it in `config_class`.
 
     Args:
-        num_users (`int`): Known users. The generic user is not counted; tables have `num_users + 1` rows.
-        num_virtual_tokens (`int`): Vectors in a soft prompt.
-        token_dim (`int`): Width of one token embedding of the language model.
+        num_users (`int`): The number of known users. The generic user is not counted; tables have `num_users + 1` rows.
+        num_virtual_tokens (`int`): The number of vectors in a soft prompt.
+        token_dim (`int`): The width of one token embedding of the language model.
     """
 
     num_users: int
@@ -98,7 +98,7 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         super().__init__()
         self.config = config
         self._names_of_rows: frozenset[str] | None = None
-        self._hub_mixin_config = None  # the config has a file of its own, so the mixin shall not write `config.json`
+        self._hub_mixin_config = None  # the config has a file of its own, so the mixin must not write `config.json`
 
     @abstractmethod
     def forward(self, user_indices: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class ClusterUserModelConfig(UserModelConfig):
     Sizes of a [`ClusterUserModel`].
 
     Args:
-        num_clusters (`int`, *optional*, defaults to 10): Shared soft prompts.
+        num_clusters (`int`, *optional*, defaults to 10): The number of soft prompts that all users share.
     """
 
     num_clusters: int = 10

@@ -16,7 +16,7 @@ class LowRankUserModelConfig(UserModelConfig):
     Sizes of a [`LowRankUserModel`].
 
     Args:
-        user_rank (`int`, *optional*, defaults to 32): Numbers per user.
+        user_rank (`int`, *optional*, defaults to 32): How many numbers a user has.
     """
 
     user_rank: int = 32

@@ -11,7 +11,7 @@ from .low_rank import LowRankUserModel, LowRankUserModelConfig
 logger = logging.getLogger(__name__)
 
 LARGE_BYTES = 1_000_000_000
-FEW_USERS = 1_000  # no table of so few users is large: at T = 10 and width 4,096, a row is 0.66 MB in training
+FEW_USERS = 1_000  # up to here there is nothing to warn of: at T = 10 and width 4,096, a row is 0.66 MB in training
 BYTES_PER_WEIGHT = 16  # float32: the weight, its gradient and AdamW's two moments
 
 
