@@ -72,8 +72,8 @@ MUTATIONS = [
     Mutation(
         "decoding off by one",
         "users.py",
-        "else self._user_ids[index - 1]",
-        "else self._user_ids[index - 2]",
+        "else self._user_ids[row - 1]",
+        "else self._user_ids[row - 2]",
         ("users",),
     ),
     Mutation(
@@ -100,15 +100,15 @@ MUTATIONS = [
     Mutation(
         "vocabulary loaded in the order of its file",
         "users.py",
-        "user_ids = sorted(index, key=index.__getitem__)",
-        "user_ids = list(index)",
+        "sorted(rows, key=rows.__getitem__)",
+        "list(rows)",
         ("users",),
     ),
     Mutation(
         "users collected in sorted order",
         "user_column.py",
-        "dict.fromkeys(iterate_user_ids(dataset, column, name))",
-        "dict.fromkeys(sorted(iterate_user_ids(dataset, column, name), key=str))",
+        "user_ids = dict.fromkeys(found)",
+        "user_ids = dict.fromkeys(sorted(found, key=str))",
         ("trainer",),
     ),
     Mutation(
@@ -1142,8 +1142,8 @@ MUTATIONS = [
     Mutation(
         "config of the user model not written last",
         "files.py",
-        "(p.name == last, str(p))",
-        "(p.name != last, str(p))",
+        "(path.name == last, str(path))",
+        "(path.name != last, str(path))",
         ("files",),
     ),
     Mutation(

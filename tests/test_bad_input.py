@@ -2,6 +2,7 @@
 
 import logging
 
+import pandas as pd
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -58,10 +59,10 @@ def test_rows_without_a_user_are_the_generic_users(make_trainer, preferences):
     assert list(trainer.user_vocab) == ["ann", "bo"]
 
 
-def test_class_labels_count_as_integers(make_trainer, preferences):
+def test_class_labels_count_by_their_names(make_trainer, preferences):
     features = Features({**preferences.features, "user_id": ClassLabel(names=["x", "y"])})
     dataset = with_users(preferences, [0, 1] * 4).cast(features)
-    assert list(make_trainer(trainer_kwargs={"train_dataset": dataset}).user_vocab) == ["0", "1"]
+    assert list(make_trainer(trainer_kwargs={"train_dataset": dataset}).user_vocab) == ["x", "y"]
 
 
 def test_an_empty_dataset(make_trainer, preferences):
@@ -204,3 +205,51 @@ def test_value_types_of_text_are_all_accepted(make_trainer, preferences):
         dataset = with_users(preferences, ids)
         dataset = dataset.cast(Features({**dataset.features, "user_id": Value(dtype)}))
         assert len(make_trainer(trainer_kwargs={"train_dataset": dataset}).user_vocab) == 2
+
+
+# --- Columns of users -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["dataset", "stream"])
+def test_users_of_a_class_label_have_their_names(make_trainer, preferences, streams):
+    named = preferences.cast_column("user_id", ClassLabel(names=["bo", "ann"]))
+    assert named["user_id"][:2] == [1, 0]
+    data = named.to_iterable_dataset() if streams else named
+    trainer = make_trainer(trainer_kwargs={"train_dataset": data, "eval_dataset": {"one": named}})
+    assert list(trainer.user_vocab) == ["ann", "bo"]
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch["user_indices"].tolist()) == {1, 2}
+    expected = make_trainer(trainer_kwargs={"eval_dataset": {"one": preferences}})
+    for dataset in ("one", named):
+        texts = dataset if dataset == "one" else preferences
+        found, wanted = trainer.evaluate(dataset), expected.evaluate(texts)
+        assert found["eval_users/accuracy_mean"] == wanted["eval_users/accuracy_mean"]
+
+
+def test_rows_without_a_user_are_counted_and_told(make_trainer, preferences, caplog):
+    """A missing value of pandas is `None` in a dataset, and as text it is a user like any other."""
+    frame = preferences.to_pandas()
+    frame.loc[[0, 3], "user_id"] = pd.NA
+    make_trainer(trainer_kwargs={"train_dataset": Dataset.from_pandas(frame)})
+    assert "2 of 8 rows of the train dataset have no user" in caplog.text
+    caplog.clear()
+    frame["user_id"] = frame["user_id"].astype("string").fillna("nan")
+    trainer = make_trainer(trainer_kwargs={"train_dataset": Dataset.from_pandas(frame)})
+    assert "2 of 8 rows of the train dataset have a user id such as 'nan'" in caplog.text
+    assert len(trainer.user_vocab) == 3
+
+
+def test_known_users_who_are_left_out_of_the_vocabulary_are_told(make_trainer, preferences, tmp_path, caplog):
+    make_trainer().save_model(str(tmp_path / "saved"))
+    rows = preferences.filter(lambda row: row["user_id"] == "bo")
+    trainer = make_trainer(
+        trainer_kwargs={"model": str(tmp_path / "saved"), "train_dataset": rows, "user_vocab": ["bo", "cy"]}
+    )
+    assert "leaves out 1 of the 2 users that the model knows" in caplog.text
+    assert list(trainer.user_vocab) == ["ann", "bo", "cy"]
+    assert "ann" not in caplog.text
+
+
+def test_a_vocabulary_that_is_one_text_is_refused(make_trainer):
+    with pytest.raises(TypeError, match="must be a list of user ids, found str"):
+        make_trainer(trainer_kwargs={"user_vocab": "alice"})

@@ -123,9 +123,9 @@ def test_help_names_the_commands_and_the_exit_codes(capsys):
         line in text
         for line in (
             "  dpo       train",
-            "  eval      who gains",
-            "  generate  answers",
-            "  info      what",
+            "  eval      say which users gain",
+            "  generate  write answers",
+            "  info      say what",
             "2 wrong usage",
         )
     )
@@ -648,7 +648,7 @@ def test_an_unknown_user_is_marked_and_gets_the_generic_answer(distinct, tmp_pat
     assert (known["known"], unknown["known"]) == (True, False)
     assert unknown == generic | {"user_id": "zoe"}
     error = capsys.readouterr().err
-    assert "1 of 2 users are unknown to the model and get the generic user's answers: zoe\n" in error
+    assert "1 of 2 users are unknown to the model and get the generic user's answers.\n" in error
 
 
 def test_the_table_shows_user_prompt_and_answer(distinct, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,3 +87,19 @@ def test_fingerprint_of_a_large_file_has_blocks_from_all_over_it(tmp_path, monke
     path.write_bytes(content + bytes(1))
     seen.add(files.fingerprint(path))
     assert len(seen) == 6
+
+
+def test_a_save_removes_what_a_kill_has_left_and_nothing_of_one_that_still_writes(tmp_path):
+    with files.staged_folder(tmp_path, last="z") as first:
+        (first / "a").write_text("first")
+        code = "import sys; from pathlib import Path; from trl_personal.files import staged_folder\n"
+        code += "with staged_folder(Path(sys.argv[1]), 'z') as other: (other / 'b').write_text('second')"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)  # another process, in the meantime
+        assert (first / "a").read_text() == "first"
+        left = tmp_path / ".saving-left"
+        left.mkdir()
+        (left / files.STAGING_LOCK).touch()  # nobody holds it any more
+        (left / "c").write_text("half")
+    with files.staged_folder(tmp_path, last="z"):
+        assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

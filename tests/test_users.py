@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from trl_personal import GENERIC_USER_INDEX, UserVocab
 
@@ -75,4 +77,60 @@ def test_bad_ids_are_refused(user_ids, error, message):
 def test_a_vocabulary_with_a_hole_is_refused(tmp_path):
     (tmp_path / "users.json").write_text('{"ann": 1, "bo": 3}')
     with pytest.raises(ValueError, match="rows must be 1 to 2"):
+        UserVocab.from_pretrained(tmp_path)
+
+
+# --- What is no list of users -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "user_ids",
+    ["alice", b"alice", {"alice": 1, "bob": 2}, {"alice", "bob"}, frozenset({1}), {"alice": 1}.keys(), 7, None],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_list_of_users_is_refused(user_ids):
+    for call in (UserVocab, UserVocab(["a"]).encode, UserVocab(["a"]).extend):
+        with pytest.raises(TypeError, match=f"must be a list of user ids, found {type(user_ids).__name__}"):
+            call(user_ids)
+
+
+@pytest.mark.parametrize("user_id", [7, "7", np.int64(7), np.uint8(7), torch.tensor(7), np.array(7)], ids=repr)
+def test_integers_of_numpy_and_torch_are_users(user_id):
+    vocab = UserVocab([user_id, "bob"])
+    assert list(vocab) == ["7", "bob"]
+    assert user_id in vocab
+    assert vocab.encode([user_id, 7, "7", "bob"]) == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "user_id", [7.0, True, np.bool_(True), torch.tensor(True), np.float32(7), float("nan"), b"7", (7,), torch.ones(2)]
+)
+def test_other_values_are_no_users(user_id):
+    with pytest.raises(TypeError, match="A user id must be a text or an integer"):
+        UserVocab(["alice"]).encode([user_id])
+    assert user_id not in UserVocab(["7", "True", "1", "7.0"])
+
+
+@pytest.mark.parametrize("row", [-1, 3, 100])
+def test_a_row_that_there_is_not_is_nobody(row):
+    with pytest.raises(IndexError, match=f"no row {row} in a vocabulary of 2 users"):
+        UserVocab(["alice", "bob"]).decode([1, row])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 1}', "occur twice"),
+        ('{"a": 1, "b": true}', "its rows must be 1 to 2"),
+        ('{"a": 1.0, "b": 2}', "its rows must be 1 to 2"),
+        ('{"a": 1, "b": 1}', "its rows must be 1 to 2"),
+        ('{"a": 1, "b": "2"}', "its rows must be 1 to 2"),
+        ('{"a": [1], "b": 2}', "its rows must be 1 to 2"),
+        ('{"": 1}', "empty text"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(tmp_path, text, message):
+    (tmp_path / "users.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
         UserVocab.from_pretrained(tmp_path)

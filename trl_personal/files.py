@@ -4,16 +4,21 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 SAMPLE_BYTES = 1 << 20  # one block of a weight file that goes into its fingerprint
 NUM_SAMPLES = 64  # blocks per file; smaller files are read whole
 STAGING_PREFIX = ".saving-"
+SECONDS_UNTIL_LOCKED = 60
+STAGING_LOCK = ".writing"  # in a staging folder, locked while a process writes there
 LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 
 
@@ -43,21 +48,39 @@ def checkpoints_newest_first(output_dir: Path) -> list[Path]:
 @contextmanager
 def staged_folder(target: Path, last: str) -> Iterator[Path]:
     """
-    Give a folder inside `target` to write in. On leaving, each file replaces its namesake in `target`, the file named
-    `last` after all others; on an error nothing is replaced.
+    A folder inside `target` to write in. On leaving it, each file replaces its namesake in `target`, the file named
+    `last` after all others; on an error nothing is replaced. What a killed process has left is removed, and nothing of one
+    that is still writing.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in target.glob(f"{STAGING_PREFIX}*"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    for folder in target.glob(f"{STAGING_PREFIX}*"):
+        _remove_if_left(folder)
     staging = Path(mkdtemp(prefix=STAGING_PREFIX, dir=target))
+    lock = FileLock(staging / STAGING_LOCK)
+    lock.acquire()
     try:
         yield staging
-        for source in sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: (p.name == last, str(p))):
+        files = (path for path in staging.rglob("*") if path.is_file() and path.name != STAGING_LOCK)
+        for source in sorted(files, key=lambda path: (path.name == last, str(path))):
             destination = target / source.relative_to(staging)
             destination.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a staging folder whose process is gone: a lock ends with the process that holds it."""
+    lock = FileLock(folder / STAGING_LOCK, timeout=0)
+    try:
+        is_new = not (folder / STAGING_LOCK).exists() and time.time() - folder.stat().st_mtime < SECONDS_UNTIL_LOCKED
+        if is_new:  # made a moment ago, its lock comes next
+            return
+        with lock:
+            shutil.rmtree(folder, ignore_errors=True)
+    except (Timeout, OSError):  # somebody writes there, or has just removed it
+        return
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,11 +93,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not JSON.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}.")
+    return values
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a name occur twice, and Python keeps the last value in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"{len(pairs) - len(values)} names occur twice in one object")
     return values
 
 

@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from operator import index
 from pathlib import Path
+from typing import Any
 
 from .files import read_json, write_atomically
 
@@ -28,17 +30,55 @@ def as_user_id(value: object) -> str | None:
     """
     if value is None:
         return None
-    # `bool` is an `int` for Python, but never a person; numpy integers are no `int`, but can be an index
+    # `bool` is an `int` for Python, but never a person; integers of numpy and torch are no `int`, but can be an index
     if isinstance(value, str):
         if not value:
             raise ValueError("A user id is an empty text. Give the user an id, or use `None` for the generic user.")
         return str(value)
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not _is_integer(value):
         raise TypeError(
             f"A user id must be a text or an integer (or `None` for the generic user), found "
             f"{type(value).__name__}. Turn the column into text, e.g. with `dataset.cast_column`."
         )
-    return str(int(value.__index__()))
+    return str(index(value))  # type: ignore[arg-type]
+
+
+def _is_integer(value: object) -> bool:
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return False
+    try:
+        index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def check_user_ids(user_ids: object, name: str) -> None:
+    """
+    Make sure that `user_ids` lists users, one after the other, in an order of its own.
+
+    Raises:
+        `TypeError`: for a single text, bytes, a mapping, or a set, whose order is another one in each process.
+
+    ```python
+    >>> check_user_ids(["alice", "bob"], "user_vocab")
+    >>> check_user_ids("alice", "user_vocab")
+    Traceback (most recent call last):
+    TypeError: `user_vocab` must be a list of user ids, found str. Write a single user as a list: `["..."]`.
+    ```
+    """
+    if isinstance(user_ids, (str, bytes)):
+        raise TypeError(
+            f"`{name}` must be a list of user ids, found {type(user_ids).__name__}. Write a single user as a list: "
+            '`["..."]`.'
+        )
+    if isinstance(user_ids, (Mapping, Set)):
+        raise TypeError(
+            f"`{name}` must be a list of user ids, found {type(user_ids).__name__}: the order decides which row is whose. "
+            "Give a list."
+        )
+    if not isinstance(user_ids, Iterable):
+        raise TypeError(f"`{name}` must be a list of user ids, found {type(user_ids).__name__}.")
 
 
 class UserVocab:
@@ -64,6 +104,7 @@ class UserVocab:
     """
 
     def __init__(self, user_ids: Iterable[str | int] = ()) -> None:
+        check_user_ids(user_ids, "user_ids")
         counts = Counter(map(as_user_id, user_ids))
         if None in counts:
             raise ValueError("A user vocabulary holds known users only, found `None`. Leave the generic user out.")
@@ -81,7 +122,10 @@ class UserVocab:
         return iter(self._user_ids)
 
     def __contains__(self, user_id: object) -> bool:
-        return isinstance(user_id, (str, int)) and str(user_id) in self._index
+        try:
+            return as_user_id(user_id) in self._index
+        except (TypeError, ValueError):
+            return False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UserVocab) and self._user_ids == other._user_ids
@@ -92,16 +136,34 @@ class UserVocab:
         return f"UserVocab(num_users={len(self)})"  # ids are people: they do not belong in a log line
 
     def encode(self, user_ids: Sequence[UserId]) -> list[int]:
-        """Rows of `user_ids`; an unknown user and `None` get `GENERIC_USER_INDEX`."""
+        """
+        Rows of `user_ids`; an unknown user and `None` get `GENERIC_USER_INDEX`.
+
+        Raises:
+            `TypeError`: if `user_ids` is no list, or an id is neither text nor an integer. `ValueError`: for an empty id.
+        """
+        check_user_ids(user_ids, "user_ids")
         ids = [as_user_id(user_id) for user_id in user_ids]
         return [self._index.get(user_id, GENERIC_USER_INDEX) if user_id else GENERIC_USER_INDEX for user_id in ids]
 
     def decode(self, user_indices: Iterable[int]) -> list[str | None]:
-        """Ids of the rows `user_indices`; `None` for the generic user."""
-        return [None if index == GENERIC_USER_INDEX else self._user_ids[index - 1] for index in user_indices]
+        """
+        Ids of the rows `user_indices`; `None` for the generic user.
+
+        Raises:
+            `IndexError`: for a row that there is not.
+        """
+        user_indices = [index(row) for row in user_indices]
+        for row in user_indices:
+            if not 0 <= row <= len(self):
+                raise IndexError(
+                    f"There is no row {row} in a vocabulary of {len(self)} users: rows are 0 to {len(self)}."
+                )
+        return [None if row == GENERIC_USER_INDEX else self._user_ids[row - 1] for row in user_indices]
 
     def extend(self, user_ids: Iterable[str | int]) -> "UserVocab":
         """A vocabulary with the new ones among `user_ids` appended; known users keep their rows."""
+        check_user_ids(user_ids, "user_ids")
         new = dict.fromkeys(as_user_id(user_id) for user_id in user_ids)
         return UserVocab([*self._user_ids, *(user_id for user_id in new if user_id and user_id not in self._index)])
 
@@ -120,8 +182,9 @@ class UserVocab:
             `FileNotFoundError`: if there is none. `ValueError`: if its rows are not 1, 2, ... in some order.
         """
         path = Path(directory) / USERS_FILE
-        index = read_json(path)
-        if set(index.values()) != set(range(1, len(index) + 1)):
-            raise ValueError(f"{path} is not a user vocabulary: its rows must be 1 to {len(index)}, each once.")
-        user_ids = sorted(index, key=index.__getitem__)
-        return cls(user_ids)
+        rows = read_json(path)
+        numbers = list(rows.values())
+        if not all(type(row) is int for row in numbers) or sorted(numbers) != list(range(1, len(rows) + 1)):
+            raise ValueError(f"{path} is not a user vocabulary: its rows must be 1 to {len(rows)}, each once.")
+        by_row: list[Any] = sorted(rows, key=rows.__getitem__)
+        return cls(by_row)

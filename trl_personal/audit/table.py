@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..terminal import printable
 from .report import Audit
 
 
@@ -102,5 +103,5 @@ def _users(audit: Audit) -> Table:
         accuracies = [
             "" if value is None else f"{value:.2f}" for value in (user.pooled_accuracy, user.personal_accuracy)
         ]
-        table.add_row(Text(user.user_id), f"{user.num_pairs:,}", *accuracies)
+        table.add_row(Text(printable(user.user_id)), f"{user.num_pairs:,}", *accuracies)
     return table

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from ..terminal import printable
 from .arguments import make_audit_parser, make_eval_parser, make_generate_parser, make_info_parser, make_main_parser
 
 
@@ -98,4 +99,4 @@ def one_line(error: BaseException) -> str:
     text = " ".join([str(error), *getattr(error, "__notes__", ())])
     if not isinstance(error, (ValueError, TypeError, OSError)):  # those say what is wrong without their name
         text = f"{type(error).__name__}: {text}"
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -1,6 +1,5 @@
 """`trl-personal audit`: what preference data allow, before anything is trained."""
 
-import json
 import sys
 from argparse import Namespace
 
@@ -9,6 +8,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..audit import audit_preferences
 from ..audit.table import audit_table
+from ..terminal import json_line
 from .preferences import load_preferences
 
 
@@ -29,6 +29,6 @@ def run_audit(arguments: Namespace) -> None:
         found = audit.to_dict()
         if not arguments.list_users:
             del found["users"]
-        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_line(found, indent=2) + "\n")
         return
     Console().print(audit_table(audit, arguments.list_users))

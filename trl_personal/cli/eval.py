@@ -1,6 +1,5 @@
 """`trl-personal eval`: whether users gain from their own soft prompts."""
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from rich.console import Console
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..evaluation import ModelEvaluation, evaluate_model, personalization_table
+from ..terminal import json_line
 from .model_folder import check_model_name
 from .preferences import Splits, load_preferences, select_split
 from .quantization import quantization_config
@@ -111,7 +111,7 @@ def _write(evaluation: ModelEvaluation, arguments: Namespace) -> None:
         found = evaluation.to_dict()
         if not arguments.list_users:
             del found["users"], found["samples"]
-        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_line(found, indent=2) + "\n")
         return
     Console().print(personalization_table(evaluation.report, arguments.list_users))
     if evaluation.answers:

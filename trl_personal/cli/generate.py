@@ -1,6 +1,5 @@
 """`trl-personal generate`: an answer to every prompt for every user."""
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import AutoPersonalizedModelForCausalLM
 from ..serving.writer import Request, processor_name, text_of_last, write_answers
+from ..terminal import json_line, printable
 from .model_folder import check_model_name
 from .quantization import quantization_config
 from .requests import Prompt, read_prompts, read_user_profiles, read_users
@@ -45,7 +45,7 @@ def run_generate(arguments: Namespace) -> None:
         answers = generate(model, tokenizer, prompts, user_ids, profiles, arguments)
         if arguments.format == "jsonl":
             for answer in answers:
-                output.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+                output.write(json_line(asdict(answer)) + "\n")
                 output.flush()
         else:
             Console(file=output).print(as_table(list(answers)))
@@ -55,9 +55,8 @@ def warn_of_unknown_users(user_ids: Sequence[str | None], user_vocab: Any) -> No
     """Say once on stderr who gets the generic user's answers without being it."""
     unknown = [user_id for user_id in user_ids if user_id is not None and user_id not in user_vocab]
     if unknown:
-        names = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
         sys.stderr.write(
-            f"{len(unknown)} of {len(user_ids)} users are unknown to the model and get the generic user's answers: {names}\n"
+            f"{len(unknown)} of {len(user_ids)} users are unknown to the model and get the generic user's answers.\n"
         )
 
 
@@ -142,7 +141,10 @@ def as_table(answers: Sequence[Answer]) -> Table:
     for index, answer in enumerate(answers):
         last = index + 1 == len(answers) or answers[index + 1].prompt is not answer.prompt
         table.add_row(
-            _user_cell(answer), Text(text_of_last(answer.prompt)), Text(answer.text.strip()), end_section=last
+            _user_cell(answer),
+            Text(printable(text_of_last(answer.prompt), keep="\n\t")),
+            Text(printable(answer.text.strip(), keep="\n\t")),
+            end_section=last,
         )
     return table
 
@@ -150,7 +152,8 @@ def as_table(answers: Sequence[Answer]) -> Table:
 def _user_cell(answer: Answer) -> Text:
     if answer.user_id is None:
         return Text("(generic)", style="dim")
-    return Text(answer.user_id) if answer.known else Text(f"{answer.user_id} (unknown)", style="yellow")
+    name = printable(answer.user_id)
+    return Text(name) if answer.known else Text(f"{name} (unknown)", style="yellow")
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`trl-personal info`: what a trained model is, without loading the language model."""
 
-import json
 import math
 import sys
 from argparse import Namespace
@@ -18,6 +17,7 @@ from .. import UserVocab, __version__
 from ..files import read_json, weight_files
 from ..models.loading import check_fingerprints
 from ..models.saving import USER_MODEL_FOLDER
+from ..terminal import json_line, printable
 from ..user_models.base import WEIGHTS_FILE, read_user_model_config
 from .arguments import PROG
 from .model_folder import folder_without_weights
@@ -34,10 +34,10 @@ def run_info(arguments: Namespace) -> None:
     user_ids = list(UserVocab.from_pretrained(folder / USER_MODEL_FOLDER)) if arguments.list_users else []
     if arguments.format == "json":
         users = {"users": user_ids} if arguments.list_users else {}
-        sys.stdout.write(json.dumps(information | users, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_line(information | users, indent=2) + "\n")
         return
     Console().print(as_table(information))
-    sys.stdout.writelines(f"{user_id}\n" for user_id in user_ids)
+    sys.stdout.writelines(f"{printable(user_id)}\n" for user_id in user_ids)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def as_table(information: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
     for name, value in information.items():
         table.add_row(
-            Text(name.replace("_bytes", "_size").replace("_", " "), style="bold"), Text(_as_text(name, value))
+            Text(name.replace("_bytes", "_size").replace("_", " "), style="bold"),
+            Text(printable(_as_text(name, value))),
         )
     return table
 

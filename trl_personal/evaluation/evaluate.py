@@ -18,6 +18,7 @@ from ..models.loading import find_user_model
 from ..models.saving import get_base_model
 from ..serving.writer import processor_name, text_of_last
 from ..training.dpo import PersonalizedDPOTrainer
+from ..training.run_users import with_names_of_users
 from ..user_column import check_user_column, iterate_user_ids
 from ..user_models import UserModel
 from ..user_profile import Prompt
@@ -98,6 +99,7 @@ def evaluate_trainer(
         raise ValueError("The trainer has no users. Pass one that trained a user model, and this one as `vanilla`.")
     column = trainer.args.user_id_column
     check_user_column(dataset, column, "evaluation")
+    dataset = with_names_of_users(dataset, column)
     preferences = _values_by_user(dataset, column, preference_column)
     scored = score_pairs(trainer, dataset, opposite_users)
     margins = {name: scored.by_row(name, len(dataset)) for name in scored.margins}
@@ -174,6 +176,7 @@ def evaluate_model(
     settings = read_training_settings(model) | dict(settings or {})
     column = settings.get("user_id_column", "user_id")
     check_user_column(dataset, column, "evaluation")
+    dataset = with_names_of_users(dataset, column)
     if train_dataset is not None:
         check_user_column(train_dataset, column, "train")
     if vanilla is not None and "vanilla" in baselines:

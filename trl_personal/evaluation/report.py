@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..intervals import Interval
+from ..terminal import printable
 
 
 SCORERS = (
@@ -136,7 +138,12 @@ def personalization_table(report: PersonalizationReport, list_users: bool = Fals
             table.add_row(name, "", "", *cells)
     for user in report.users if list_users else ():
         cells = [write(user.accuracy[scorer]) for scorer in scorers]
-        table.add_row(user.user_id or "generic user", "" if user.known else "unknown", f"{user.num_pairs:,}", *cells)
+        name = Text(printable(user.user_id or "generic user"))
+        table.add_row(name, "" if user.known else "unknown", f"{user.num_pairs:,}", *cells)
+            "" if user.known else "unknown",
+            f"{user.num_pairs:,}",
+            *cells,
+        )
     return table
 
 

@@ -17,9 +17,11 @@ import torch
 from datasets import Dataset
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from .._version import __version__
 from ..files import write_atomically
+from ..terminal import printable
 from ..user_models import UserModel
 from ..users import UserId, UserVocab
 from .answers import GENERIC_USER
@@ -150,7 +152,7 @@ class ModelEvaluation:
             cells = [_cell(row.get(f"accuracy_{scorer}"), 2) for scorer in scorers]
             lengths = [_cell(row.get(f"mean_{kind}_length"), 1) for kind in ("generated", "chosen")]
             names = (row["user_id"] or GENERIC_USER, str(row.get("preference") or ""), str(row.get("num_pairs", "")))
-            table.add_row(*names, *cells, *lengths)
+            table.add_row(*(Text(printable(name)) for name in names), *cells, *lengths)
         caption = [f"{name} {_cell(found[key], 2)}" for name, key in OF_ALL_PAIRS.items() if found[key] is not None]
         if len(rows) > MOST_ROWS:
             caption.append(f"{len(rows) - MOST_ROWS} more users are in the file")
@@ -162,9 +164,11 @@ class ModelEvaluation:
         sample = self.samples[prompt_index]
         names = [str(user_id or GENERIC_USER) for user_id in user_ids]
         wants = [f"prefers {self.preferences[name]}" if name in self.preferences else "" for name in names]
-        headings = [f"{name}\n{want}" for name, want in zip(names, wants, strict=True)]
-        table = Table(*headings, title=sample["prompt"], title_justify="left", title_style="dim")
-        table.add_row(*(sample["answers"][name].strip() for name in names))
+        title = Text(printable(sample["prompt"], keep="\n\t"))
+        table = Table(title=title, title_justify="left", title_style="dim")
+        for name, want in zip(names, wants, strict=True):
+            table.add_column(Text(f"{printable(name)}\n{printable(want)}"))
+        table.add_row(*(Text(printable(sample["answers"][name].strip(), keep="\n\t")) for name in names))
         return table
 
     def save(self, folder: str | Path) -> list[str]:

@@ -26,6 +26,7 @@ from .run_users import (
     make_user_model,
     refuse_prompt_learning,
     take_known_users,
+    with_names_of_users,
 )
 from .scored_evaluation import ScoredEvaluationMixin
 from .terms import TERMS, Term
@@ -91,8 +92,10 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             if known is not None and has_settings:
                 check_settings(args, known[0], "the user model in `model`")
             self._check_dataset(args, train_dataset, "train")
+            train_dataset = with_names_of_users(train_dataset, args.user_id_column)
             user_model, vocab = choose_users(args, train_dataset, user_vocab, user_model, known)
             self._check_eval_datasets(args, eval_dataset)
+            eval_dataset = with_names_of_users(eval_dataset, args.user_id_column)
             _let_ddp_take_several_passes(args)
         elif user_model is not None or user_vocab is not None:
             raise ValueError('`user_model` and `user_vocab` need a `user_model_kind` other than "none".')

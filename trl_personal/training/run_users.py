@@ -23,7 +23,7 @@ from ..models.loading import (
     load_user_model,
 )
 from ..models.saving import get_base_model
-from ..user_column import AnyDataset, collect_users, iterate_user_ids
+from ..user_column import AnyDataset, collect_users, iterate_user_ids, warn_of_missing_users, with_user_names
 from ..user_models import UserModel, get_user_model_class
 from ..user_models.initialization import soft_prompt_drawer
 from ..user_models.memory import warn_if_large
@@ -130,6 +130,13 @@ def choose_users(
         user_vocab = UserVocab(user_vocab)
     vocab = _vocab_of(args, train_dataset, user_vocab)
     if known is not None:
+        if user_vocab is not None and (left_out := sum(user_id not in user_vocab for user_id in known[1])):
+            logger.warning(
+                "`user_vocab` leaves out %d of the %d users that the model knows. They stay in the model, with the rows that "
+                "they have; to drop them, use `user_model.keep_rows`.",
+                left_out,
+                len(known[1]),
+            )
         vocab = known[1].extend(vocab)
         warn_if_large(type(known[0]), replace(known[0].config, num_users=len(vocab)), args.user_rank)
         user_model = known[0].resize(len(vocab))
@@ -159,8 +166,9 @@ def _vocab_of(
     if user_vocab is None:
         return collect_users(train_dataset, args.user_id_column)
     if isinstance(train_dataset, Dataset):
-        user_ids = [u for u in iterate_user_ids(train_dataset, args.user_id_column, "train") if u is not None]
-        unknown = sum(user_id not in user_vocab for user_id in user_ids)
+        user_ids = list(iterate_user_ids(train_dataset, args.user_id_column, "train"))
+        warn_of_missing_users(user_ids, "train")
+        unknown = sum(user_id is not None and user_id not in user_vocab for user_id in user_ids)
         if unknown:
             logger.warning(
                 "%d of %d rows of the train dataset have a user who is not in `user_vocab`; they train the generic user.",
@@ -201,6 +209,13 @@ def make_user_model(
     with gather_params_ctx(list(embedding.parameters()), modifier_rank=None):
         user_model.initialize(draw)
     return user_model
+
+
+def with_names_of_users(datasets: Any, column: str) -> Any:
+    """One dataset or several, with names where the user column holds the numbers of a `ClassLabel`."""
+    if isinstance(datasets, dict):
+        return type(datasets)({name: with_names_of_users(dataset, column) for name, dataset in datasets.items()})
+    return with_user_names(datasets, column) if isinstance(datasets, (Dataset, IterableDataset)) else datasets
 
 
 def check_user_ids(args: PersonalizationConfig, dataset: object, name: str) -> None:
