@@ -140,10 +140,6 @@ def personalization_table(report: PersonalizationReport, list_users: bool = Fals
         cells = [write(user.accuracy[scorer]) for scorer in scorers]
         name = Text(printable(user.user_id or "generic user"))
         table.add_row(name, "" if user.known else "unknown", f"{user.num_pairs:,}", *cells)
-            "" if user.known else "unknown",
-            f"{user.num_pairs:,}",
-            *cells,
-        )
     return table
 
 
