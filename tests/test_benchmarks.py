@@ -47,6 +47,7 @@ def test_preferences_have_the_lengths_and_users_asked_for(measure):
 @pytest.mark.parametrize(
     "command",
     [
+        ["step.py", "--rounds", "1", "--lengths", "10x5", "--contestants", "TRL", "auto", "dense"],
         ["users.py", "--rounds", "1"],
         ["generate.py", "--rounds", "1"],
         ["precompute.py", "--num_pairs", "4"],
