@@ -4,11 +4,13 @@ A step of exact P-DPO against one of `trl.DPOTrainer` on the same pairs: loss, g
     OMP_NUM_THREADS=1 python benchmarks/step.py --family llama --lengths 400x40 60x300 [--checkpointing] [--full] [--small]
 
 Contestants: TRL's DPO; P-DPO with prompts shared where it pays (`auto`), never, and always; with a precomputed reference; with
-one term a pair (`sampled`). `--memory` measures the peak of each in a process of its own instead of the time.
+one term a pair (`sampled`); and, if named, with prompts always shared under a plain mask (`dense`). `--memory` measures the
+peak of each in a process of its own instead of the time.
 """
 
 import argparse
 import tempfile
+from unittest.mock import patch
 
 import torch
 from measure import (
@@ -27,6 +29,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
+from trl_personal.training.prefix_sharing import PackedAttentionMask, packed_attention_mask
 
 
 NUM_USERS = 4
@@ -37,7 +40,9 @@ CONTESTANTS = {
     "always": {"share_prefix": "always"},
     "precomputed": {"precompute_ref_log_probs": True},
     "sampled": {"generic_term": "sampled"},
+    "dense": {"share_prefix": "always"},
 }
+DEFAULT = [name for name in CONTESTANTS if name != "dense"]
 
 
 def make_step(name, arguments, lengths):
@@ -63,7 +68,21 @@ def make_step(name, arguments, lengths):
         trainer = DPOTrainer(args=DPOConfig(**settings), **inputs)
     else:
         trainer = PersonalizedDPOTrainer(args=PersonalizedDPOConfig(**settings, **options), **inputs)
-    return optimizer_step(trainer, next(iter(trainer.get_train_dataloader())))
+    step = optimizer_step(trainer, next(iter(trainer.get_train_dataloader())))
+    return with_dense_masks(step) if name == "dense" else step
+
+
+def with_dense_masks(step):
+    """The same step with the plain mask of packed rows in place of the one that attention computes in blocks."""
+
+    def dense(branches, position_ids, num_rejected, row_length, window=None):
+        return packed_attention_mask(branches, position_ids, window)
+
+    def dense_step():
+        with patch.object(PackedAttentionMask, "make", dense):
+            step()
+
+    return dense_step
 
 
 def take_steps(name, arguments, lengths):
@@ -74,12 +93,13 @@ def take_steps(name, arguments, lengths):
 
 def measure_time(arguments, lengths):
     steps = {name: make_step(name, arguments, lengths) for name in arguments.contestants}
-    return ratios(interleaved(steps, arguments.rounds), "TRL")
+    return ratios(interleaved(steps, arguments.rounds), arguments.baseline)
 
 
 def measure_memory(arguments, lengths):
     peaks = {name: peak_memory(take_steps, name, arguments, lengths)[1] for name in arguments.contestants}
-    return [{"name": n, "bytes": b, "baseline": "TRL", "ratio": b / peaks["TRL"]} for n, b in peaks.items()]
+    baseline = arguments.baseline
+    return [{"name": n, "bytes": b, "baseline": baseline, "ratio": b / peaks[baseline]} for n, b in peaks.items()]
 
 
 def draw(axes, cells):
@@ -90,7 +110,8 @@ def draw(axes, cells):
         axes.bar(positions, [row["ratio"] for row in cell["ratios"]], width=0.8 / len(cells), label=label)
     axes.set_xticks([i + 0.4 for i in range(len(names))], names)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_ylabel("relative to trl.DPOTrainer")
+    baseline = cells[0]["ratios"][0]["baseline"]
+    axes.set_ylabel(f"relative to {'trl.DPOTrainer' if baseline == 'TRL' else baseline}")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -100,7 +121,8 @@ def parse(argv=None):
     parser.add_argument("--lengths", nargs="+", default=["400x40", "60x300"], help="tokens of prompt x response")
     parser.add_argument("--pairs", type=int, default=2, help="in a batch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", default=DEFAULT, choices=list(CONTESTANTS))
+    parser.add_argument("--baseline", default="TRL", choices=list(CONTESTANTS), help="the contestant that counts as 1")
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
     parser.add_argument("--full", action="store_true", help="all weights, without LoRA")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
@@ -122,7 +144,7 @@ def main(argv=None):
             "prompt x response": "{} x {}".format(*cell["lengths"]),
             "": row["name"],
             **({"MB": f"{row['bytes'] / 1e6:.0f}"} if arguments.memory else {"seconds": f"{row['seconds']:.2f}"}),
-            "relative to TRL": f"{row['ratio']:.2f}"
+            f"relative to {arguments.baseline}": f"{row['ratio']:.2f}"
             + (f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""),
         }
         for cell in cells

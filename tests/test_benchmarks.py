@@ -58,6 +58,7 @@ def test_every_word_is_read_from_the_folder_of_a_model(measure, family, tmp_path
 @pytest.mark.parametrize(
     "command",
     [
+        ["step.py", "--rounds", "1", "--lengths", "10x5", "--contestants", "TRL", "auto", "dense"],
         ["users.py", "--rounds", "1"],
         ["generate.py", "--rounds", "1"],
         ["precompute.py", "--num_pairs", "4"],
