@@ -123,9 +123,9 @@ def test_help_names_the_commands_and_the_exit_codes(capsys):
         line in text
         for line in (
             "  dpo       train",
-            "  eval      who gains",
-            "  generate  answers",
-            "  info      what",
+            "  eval      say which users gain",
+            "  generate  write answers",
+            "  info      say what",
             "2 wrong usage",
         )
     )
