@@ -18,7 +18,7 @@ commands:
 
 `trl-personal COMMAND --help` explains a command.
 
-exit codes: 0 all is well, 1 an error at run time (one line on stderr), 2 wrong usage
+exit codes: 0 fine, 1 an error at run time (one line on stderr), 2 wrong usage
 """
 
 
