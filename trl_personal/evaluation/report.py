@@ -138,8 +138,8 @@ def personalization_table(report: PersonalizationReport, list_users: bool = Fals
             table.add_row(name, "", "", *cells)
     for user in report.users if list_users else ():
         cells = [write(user.accuracy[scorer]) for scorer in scorers]
-        name = Text(printable(user.user_id or "generic user"))
-        table.add_row(name, "" if user.known else "unknown", f"{user.num_pairs:,}", *cells)
+        shown = Text(printable(user.user_id or "generic user"))
+        table.add_row(shown, "" if user.known else "unknown", f"{user.num_pairs:,}", *cells)
     return table
 
 

@@ -1,13 +1,15 @@
 """Generation for a batch of users."""
 
+import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, Pipeline, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -15,11 +17,25 @@ from ..user_models import UserModel
 from ..user_profile import insert_profile_ids, require_template
 from ..users import GENERIC_USER_INDEX, UserId, UserVocab
 from .calls import OwnCalls
+from .generation_limits import (
+    check_cache,
+    check_positions,
+    is_cache,
+    mark_cache,
+    reason_not_to_write,
+    refuse_what_needs_token_ids,
+)
 from .saving import PersonalizedSaving
-from .soft_prompt import SoftPromptInsertion, insert_values
+from .soft_prompt import SoftPromptInsertion, insert_position_ids, insert_values
 
 
 logger = logging.getLogger(__name__)
+
+CONTINUOUS_BATCHING = (
+    "`{name}` (continuous batching) does not know users: it takes token ids, which do not hold a soft prompt, and would "
+    "write the plain model's text. Use `generate(..., user_ids=[...])`, or take the users off first "
+    "(`detach_user_model(model)`)."
+)
 
 
 class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
@@ -58,15 +74,20 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
             What transformers returns: the prompt ids and the new tokens. Virtual tokens and profiles do not show.
 
         Raises:
-            `ValueError`: if `user_ids` or `user_profiles` is a list of another length than the batch; for profiles, if there
+            `TypeError`: if `user_ids` is neither an id nor a list of them. `ValueError`: if `user_ids` or `user_profiles` is a
+            list of another length than the batch; for arguments that go by token ids, such as `assistant_model`; for a cache
+            that other users have filled; if a prompt does not fit the model's positions; for profiles, if there
             is no `tokenizer`, if the model was trained without them, or if they cannot be put into ids (rather put them into
             the text, with [`render_user_profile`]).
         """
         generate = super().generate  # type: ignore[misc]
+        if (reason := reason_not_to_write(self)) is not None:
+            raise ValueError(f"{reason[0].upper()}{reason[1:]}.")
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("`generate` for users needs `input_ids`: without text there is no row to put a user in.")
         config = generation_config or self.generation_config  # type: ignore[attr-defined]
+        refuse_what_needs_token_ids(config, kwargs)
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = _mask_from_padding(input_ids, config)
@@ -78,11 +99,17 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         users, of_user = user_indices.unique(return_inverse=True)  # each user's soft prompt is computed once
         with torch.no_grad():
             soft_prompt = self.user_model(users)[of_user]
-            conditioned, _, token, virtual = self._soft_prompt_insertion.condition(
+            conditioned, positions, token, virtual = self._soft_prompt_insertion.condition(
                 soft_prompt, input_ids, attention_mask
             )
-        if kwargs.get("token_type_ids") is not None:
-            kwargs["token_type_ids"] = insert_values(kwargs["token_type_ids"], token, virtual, 0)
+        caches = [value for value in kwargs.values() if is_cache(value)]
+        for cache in caches:
+            check_cache(cache, soft_prompt, positions)
+        for name, values in kwargs.items():
+            if isinstance(values, Tensor) and values.shape[-1:] == input_ids.shape[-1:] and name == "position_ids":
+                kwargs[name] = insert_position_ids(values, positions, token, virtual)
+            elif isinstance(values, Tensor) and values.shape == input_ids.shape and name.endswith("token_type_ids"):
+                kwargs[name] = insert_values(values, token, virtual, 0)
         # transformers generates from embeddings, as they alone hold the soft prompt, and gets ids beside them: logits
         # processors look at ids. Columns without a token need an id too, one on which penalties have no effect.
         filler = _filler_ids(input_ids, attention_mask, config)
@@ -92,7 +119,16 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
             length = kwargs.get(name) or getattr(config, name)
             if length:
                 kwargs[name] = length + placeholders.shape[1] - callers_ids.shape[1]
+        num_new = kwargs.get("max_new_tokens") or config.max_new_tokens
+        num_new = num_new or max(0, (kwargs.get("max_length") or 0) - placeholders.shape[1])
+        longest = int(conditioned["attention_mask"].ne(0).sum(dim=1).max())
+        check_positions(self, longest, num_new, soft_prompt.shape[1])
         outputs = generate(placeholders, generation_config, **conditioned, **view.adapt(kwargs))
+        is_dict = isinstance(outputs, ModelOutput)
+        num_rows = (outputs["sequences"] if is_dict else outputs).shape[0] * (_num_beams(config, kwargs))
+        for cache in [*caches, outputs.get("past_key_values") if is_dict else None]:
+            if cache is not None:
+                mark_cache(cache, soft_prompt, positions, num_rows)
         if isinstance(outputs, ModelOutput):
             outputs["sequences"] = view.restore(outputs["sequences"])
             return outputs
@@ -125,14 +161,29 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
         return padded.clamp(min=0), padded.ge(0).long()
 
-    def _encode_users(self, user_ids: str | int | Sequence[UserId] | None, batch_size: int) -> list[int]:
-        if user_ids is None or isinstance(user_ids, (str, int)):
-            user_ids = [user_ids] * batch_size
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for users: continuous batching takes token ids, which do not hold a soft prompt."""
+        raise ValueError(CONTINUOUS_BATCHING.format(name="generate_batch"))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for users: continuous batching takes token ids, which do not hold a soft prompt."""
+        raise ValueError(CONTINUOUS_BATCHING.format(name="init_continuous_batching"))
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for users: continuous batching takes token ids, which do not hold a soft prompt."""
+        raise ValueError(CONTINUOUS_BATCHING.format(name="continuous_batching_context_manager"))
+
+    def _encode_users(self, user_ids: Any, batch_size: int) -> list[int]:
+        user_ids = _as_list(user_ids, batch_size)
+        if len(set(user_ids)) > 1 and _is_called_by_a_pipeline():
+            raise ValueError(
+                "A pipeline hands prompts over in batches of its own, so a list of `user_ids` would not follow its prompts. "
+                "Give a single id for all of them, or call `model.generate(..., user_ids=[...])` with the tokenized batch."
+            )
         if len(user_ids) != batch_size:
             raise ValueError(
                 f"`user_ids` has {len(user_ids)} users for a batch of {batch_size} rows. Give one per row, or a single id "
-                "for all rows. A pipeline hands prompts over one by one: call `model.generate(..., user_ids=[...])` with "
-                "the tokenized batch for different users."
+                "for all rows."
             )
         user_indices = self.user_vocab.encode(user_ids)
         unknown = sum(i == GENERIC_USER_INDEX and u is not None for i, u in zip(user_indices, user_ids, strict=True))
@@ -143,6 +194,34 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
                 batch_size,
             )
         return user_indices
+
+
+def _as_list(user_ids: Any, batch_size: int) -> list[UserId]:
+    """One user for each row: a single id stands for all rows; arrays, tensors and columns of tables are lists too."""
+    if isinstance(user_ids, (Tensor, np.ndarray, np.generic)):
+        user_ids = user_ids.tolist()
+    if user_ids is None or isinstance(user_ids, (str, int)):
+        return [user_ids] * batch_size
+    if isinstance(user_ids, (bytes, Set, Mapping)) or not hasattr(user_ids, "__len__"):
+        raise TypeError(
+            f"`user_ids` must be a user id or a list with one for each row, found {type(user_ids).__name__}, whose order is "
+            "not that of the rows. Give a list."
+        )
+    return list(user_ids)
+
+
+def _is_called_by_a_pipeline() -> bool:
+    """Whether a pipeline of transformers is among the callers; it passes arguments of `generate` on, batch by batch."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Pipeline):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _num_beams(config: GenerationConfig, kwargs: dict[str, Any]) -> int:
+    return kwargs.get("num_beams") or config.num_beams or 1
 
 
 def _mask_from_padding(input_ids: Tensor, config: GenerationConfig) -> Tensor:

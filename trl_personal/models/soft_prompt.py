@@ -246,11 +246,7 @@ class SoftPromptInsertion:
         if any(cache.get_seq_length() > 0 for cache in caches):
             raise ValueError("A call with users cannot continue from a cache; use `generate(..., user_ids=...)`.")
         if soft_prompts is None:
-            if user_indices.shape != input_ids.shape[:1]:
-                raise ValueError(
-                    f"`user_indices` must hold one user per row, shape ({input_ids.shape[0]},), got "
-                    f"{tuple(user_indices.shape)}."
-                )
+            _check_user_indices(user_indices, input_ids.shape[0], self.user_model.config.num_users)
             soft_prompts = self.user_model(user_indices)
         embeds = kwargs.pop("inputs_embeds", None)
         conditioned, positions, token, virtual = self.condition(
@@ -272,6 +268,27 @@ class SoftPromptInsertion:
             return None
         positions, num_virtual_tokens = inserted
         return realign_outputs(output, positions, num_virtual_tokens)
+
+
+def _check_user_indices(user_indices: Tensor, batch_size: int, num_users: int) -> None:
+    if not isinstance(user_indices, Tensor) or user_indices.is_floating_point() or user_indices.dtype == torch.bool:
+        found = user_indices.dtype if isinstance(user_indices, Tensor) else type(user_indices).__name__
+        raise TypeError(
+            f"`user_indices` must be a tensor of integers, the rows of users, got {found}. "
+            "`model.user_vocab.encode(user_ids)` returns the rows of ids."
+        )
+    if user_indices.shape != (batch_size,):
+        raise ValueError(
+            f"`user_indices` must hold one user per row, shape ({batch_size},), got {tuple(user_indices.shape)}."
+        )
+    # on an accelerator, reading the numbers would make every call wait for it
+    if user_indices.device.type == "cpu" and batch_size and not torch.compiler.is_compiling():
+        lowest, highest = (int(row) for row in user_indices.aminmax())
+        if lowest < 0 or highest > num_users:
+            raise ValueError(
+                f"`user_indices` has rows from {lowest} to {highest}, but there are {num_users} users: rows are 0 (the "
+                f"generic user) to {num_users}."
+            )
 
 
 def _check_soft_prompts(soft_prompts: Tensor, batch_size: int, token_dim: int) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.attach import attach_user_model
+from ..models.generation_limits import reason_not_to_write
+from ..models.saving import get_base_model
 from ..user_column import AnyDataset
 from ..user_models import UserModel
 from ..users import GENERIC_USER_INDEX, UserVocab
@@ -150,6 +152,9 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
         self.user_model, self.user_vocab = user_model, user_vocab
+        base = get_base_model(self.model)
+        if base.can_generate() and (reason := reason_not_to_write(base)) is not None:
+            logger.warning("%s.", reason[0].upper() + reason[1:])
         if not isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
             self.data_collator = self.make_collator(user_vocab)
         if self.optimizer is not None:
