@@ -306,13 +306,6 @@ def most_by_chance(num_seeds, rate=0.05):
     return rate + 3 * math.sqrt(rate * (1 - rate) / num_seeds)
 
 
-@pytest.mark.slow
-def test_few_false_gains_and_enough_power():
-    assert share_of_gains(60, planted=False) <= most_by_chance(60)
-    assert share_of_gains(60, planted=False, undertrained=2.0, num_users=4) <= most_by_chance(60)
-    assert share_of_gains(40, planted=True) >= 0.95
-
-
 def test_without_the_swap_control_any_soft_prompt_would_seem_personal():
     """Why the verdict insists on it: baselines that are worse than they should be."""
     passed = 0
