@@ -20,21 +20,21 @@ def model(make_trainer):
 
 def test_answers_come_one_batch_at_a_time(model, tokenizer, monkeypatch):
     requests = [
-        Request(user_id, prompt) for prompt in ("the story", "yes", "i like dogs") for user_id in ("ann", None)
+        Request(user_id, prompt) for user_id in ("ann", None) for prompt in ("the story", "yes", "i like dogs")
     ]
     requests = requests[:5]
     calls, generate = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **kwargs: calls.append(kwargs["user_ids"]) or generate(**kwargs))
     batches = write_answers(model, tokenizer, requests, batch_size=2, **OPTIONS)
     first = next(batches)
-    assert (len(first), calls) == (2, [["ann", None]])  # nothing is written ahead
+    assert (len(first), calls) == (2, [["ann", "ann"]])  # nothing is written ahead
     texts = [*first, *(text for batch in batches for text in batch)]
-    assert calls == [["ann", None], ["ann", None], ["ann"]]
+    assert calls == [["ann", "ann"], ["ann", None], [None]]
     for request, text in zip(requests, texts, strict=True):
         inputs = tokenizer(request.prompt, return_tensors="pt")
         ids = generate(**inputs, user_ids=[request.user_id], **OPTIONS)[0, inputs["input_ids"].shape[1] :]
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
-    assert texts[0] != texts[1]
+    assert texts[0] != texts[3]  # the same prompt, for ann and for the generic user
 
 
 def test_the_tokenizer_pads_on_the_left_whatever_its_own_side(model, tokenizer):

@@ -78,7 +78,7 @@ def _draw_columns(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str
             markersize=5 if len(users) <= 12 else 3.5,
             linestyle="none",
             linewidth=1,
-            label=scorer,
+            label=scorer.replace("_", " "),
         )
     label_users(axes, [user.user_id or "generic user" for user in users])
 
@@ -97,6 +97,6 @@ def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]
     )
     for place, scorer in enumerate(scorers):
         values = sorted(user.accuracy[scorer].value for user in users)
-        axes.plot(share, values, color=_style(scorer, place)[0], linewidth=1.8, label=scorer)
+        axes.plot(share, values, color=_style(scorer, place)[0], linewidth=1.8, label=scorer.replace("_", " "))
     axes.set_xlabel("% of users, each curve sorted by itself")
     axes.set_xlim(0, 100)
