@@ -266,6 +266,9 @@ def test_pipeline(model, tokenizer):
         assert text.split() == expected_text.split()
     with pytest.raises(ValueError, match=r"model.generate\(..., user_ids=\[...\]\)"):
         pipe(["short", "long"], user_ids=["ann", "bo"], **kwargs)
+    with pytest.raises(ValueError, match="A pipeline hands prompts over in batches of its own"):
+        pipe(["short", "long"] * 4, user_ids=["ann", "bo", "ann", "bo"], batch_size=4, **kwargs)
+    assert texts == [out[0]["generated_text"] for out in pipe(["short", "i like dogs"], user_ids=["bo"], **kwargs)]
 
 
 def test_padding_without_a_mask_is_found_by_its_id(model, batch):

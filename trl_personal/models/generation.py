@@ -102,9 +102,9 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
             conditioned, positions, token, virtual = self._soft_prompt_insertion.condition(
                 soft_prompt, input_ids, attention_mask
             )
-        caches = [value for value in kwargs.values() if is_cache(value)]
-        for cache in caches:
-            check_cache(cache, soft_prompt, positions)
+        caches = {name: value for name, value in kwargs.items() if is_cache(value)}
+        for name, cache in caches.items():
+            check_cache(name, cache, soft_prompt, positions)
         for name, values in kwargs.items():
             if isinstance(values, Tensor) and values.shape[-1:] == input_ids.shape[-1:] and name == "position_ids":
                 kwargs[name] = insert_position_ids(values, positions, token, virtual)
@@ -126,9 +126,8 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         outputs = generate(placeholders, generation_config, **conditioned, **view.adapt(kwargs))
         is_dict = isinstance(outputs, ModelOutput)
         num_rows = (outputs["sequences"] if is_dict else outputs).shape[0] * (_num_beams(config, kwargs))
-        for cache in [*caches, outputs.get("past_key_values") if is_dict else None]:
-            if cache is not None:
-                mark_cache(cache, soft_prompt, positions, num_rows)
+        for cache in [*caches.values(), *filter(is_cache, outputs.values() if is_dict else ())]:
+            mark_cache(cache, soft_prompt, positions, num_rows)
         if isinstance(outputs, ModelOutput):
             outputs["sequences"] = view.restore(outputs["sequences"])
             return outputs

@@ -93,11 +93,12 @@ def is_cache(value: object) -> bool:
     return hasattr(value, "get_seq_length")
 
 
-def check_cache(cache: Any, soft_prompts: Tensor, first_columns: Tensor) -> None:
+def check_cache(name: str, cache: Any, soft_prompts: Tensor, first_columns: Tensor) -> None:
     """
     Make sure that a cache is empty, or holds these soft prompts in these rows.
 
     Args:
+        name (`str`): The argument of `generate` that it is.
         cache (`Cache`): What the caller passes to go on from.
         soft_prompts (`Tensor` `(batch, num_virtual_tokens, token_dim)`): Those of the users in this call.
         first_columns (`LongTensor` `(batch,)`): The column of each row's first virtual token.
@@ -111,18 +112,18 @@ def check_cache(cache: Any, soft_prompts: Tensor, first_columns: Tensor) -> None
     advice = "Pass the cache that `generate` for the same users has filled, an empty one, or none."
     if kept is None:
         raise ValueError(
-            "The cache in `past_key_values` is not empty, and was not filled by `generate` for users: it holds no soft "
+            f"The cache in `{name}` is not empty, and was not filled by `generate` for users: it holds no soft "
             f"prompt. {advice}"
         )
     prompts, columns = kept
     same = prompts.shape == soft_prompts.shape and torch.equal(prompts.to(soft_prompts), soft_prompts)
     if not same or not torch.equal(columns.to(first_columns), first_columns):
         raise ValueError(
-            "The cache in `past_key_values` was filled for other users, or for other rows of them: their text would go on. "
+            f"The cache in `{name}` was filled for other users, or for other rows of them: their text would go on. "
             f"{advice}"
         )
     if cache.get_seq_length() < int(columns.max()) + prompts.shape[1]:
-        raise ValueError(f"The cache in `past_key_values` was cropped into the soft prompt. {advice}")
+        raise ValueError(f"The cache in `{name}` was cropped into the soft prompt. {advice}")
 
 
 def mark_cache(cache: Any, soft_prompts: Tensor, first_columns: Tensor, num_rows: int) -> None:
