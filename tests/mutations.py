@@ -1388,6 +1388,13 @@ MUTATIONS = [
     ),
     # --- Every caller: what is given by mistake, by others, or at the same time
     Mutation(
+        "users are cast with the language model",
+        "user_models/base.py",
+        "moved if self.keeps_float32 else fn, recurse",
+        "fn, recurse",
+        ("user_models",),
+    ),
+    Mutation(
         "positions of a prompt not moved for its soft prompt",
         "models/generation.py",
         "kwargs[name] = insert_position_ids(values, positions, token, virtual)",

@@ -1,6 +1,7 @@
 """A trained folder, scored: the numbers are those of the trainer that trained it."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trl_personal.evaluation.trained_model import (
     make_scoring_trainer,
     read_log_history,
     read_training_settings,
+    temporary_folder,
 )
 
 
@@ -119,3 +121,10 @@ def test_a_foreign_file_runs_no_code(tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be read"):
         read_training_settings(tmp_path)
     assert "this must not run" not in capsys.readouterr().out
+
+
+def test_two_evaluations_on_one_machine_have_folders_of_their_own():
+    first, second = Path(temporary_folder()), Path(temporary_folder())
+    assert first != second
+    assert first.is_dir()
+    assert not [*first.iterdir(), *second.iterdir()]

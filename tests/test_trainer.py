@@ -116,7 +116,9 @@ def test_making_users_does_not_move_the_global_generator(make_trainer, kind):
 
 
 def test_a_user_model_of_half_precision_is_trained_in_float32(make_trainer):
-    user_model = IndividualUserModel(UserModelConfig(2, 3, 32)).to(torch.bfloat16)
+    user_model = IndividualUserModel(UserModelConfig(2, 3, 32))
+    for parameter in user_model.parameters():
+        parameter.data = parameter.data.bfloat16()  # `user_model.bfloat16()` leaves them as they are
     trainer = make_trainer(trainer_kwargs={"user_model": user_model})
     assert {parameter.dtype for parameter in trainer.user_model.parameters()} == {torch.float32}
 

@@ -4,10 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, make_model
 from safetensors.torch import load_file, save_file
 
-from trl_personal import LowRankUserModel, LowRankUserModelConfig, UserModel, register_user_model
+from trl_personal import (
+    LowRankUserModel,
+    LowRankUserModelConfig,
+    UserModel,
+    UserVocab,
+    attach_user_model,
+    register_user_model,
+)
 from trl_personal.user_models import get_user_model_class
 from trl_personal.user_models.initialization import soft_prompt_drawer
 
@@ -232,3 +239,45 @@ def test_weights_of_another_shape_or_dtype_are_refused(saved):
     save_file({name: tensor.long() for name, tensor in weights.items()}, saved / "user_model.safetensors")
     with pytest.raises(ValueError, match="does not fit.*torch.int64"):
         UserModel.from_pretrained(saved)
+
+
+# --- Casts ------------------------------------------------------------------------------------------------------------
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to dtype": lambda model: model.to(torch.float16),
+    "to device and dtype": lambda model: model.to("cpu", torch.bfloat16),
+    "to another tensor": lambda model: model.to(torch.ones(1, dtype=torch.float16)),
+    "double": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cast_is_of_the_language_model_only(kind, cast, tmp_path):
+    model = make_model("llama")
+    user_model = make(kind, token_dim=32)
+    for parameter in user_model.parameters():
+        torch.nn.init.normal_(parameter)
+    attach_user_model(model, user_model, UserVocab(["ann", "bo", "cy"]))
+    before = {name: value.clone() for name, value in user_model.state_dict().items()}
+    model = CASTS[cast](model)
+    assert model.dtype != torch.float32
+    for name, value in model.user_model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+    written = model.generate(torch.tensor([[1, 5, 6]]), user_ids="bo", max_new_tokens=3, do_sample=False)
+    assert written.shape == (1, 6)
+    model.save_pretrained(tmp_path)
+    saved = UserModel.from_pretrained(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in saved.state_dict().items())
+
+
+def test_moves_are_made_and_a_half_table_becomes_float32():
+    user_model = make("individual")
+    assert next(user_model.to("meta").parameters()).is_meta
+    user_model = make("individual")
+    for parameter in user_model.parameters():
+        parameter.data = parameter.data.half()
+    assert {parameter.dtype for parameter in user_model.float().parameters()} == {torch.float32}

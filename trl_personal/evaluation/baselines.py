@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from ..training.config import PersonalizedDPOConfig
 from ..training.dpo import PersonalizedDPOTrainer
 from ..user_column import iterate_user_ids
 from .scoring import ScoredPairs, score_pairs
-from .trained_model import SCORING, TRAINING, machine_settings
+from .trained_model import SCORING, TRAINING, machine_settings, temporary_folder
 
 
 BASELINES = ("vanilla", "user_id_text", "in_context", "lora_per_user")
@@ -83,7 +81,7 @@ def train_without_users(
     args = PersonalizedDPOConfig(
         **kept | ({} if max_steps is None else {"max_steps": max_steps}) | machine_settings(settings),
         user_model_kind="none",
-        output_dir=str(Path(gettempdir()) / "trl_personal_eval"),
+        output_dir=temporary_folder(),
         per_device_eval_batch_size=batch_size,
         model_init_kwargs={"dtype": "float32", **model_kwargs},
         save_strategy="no",

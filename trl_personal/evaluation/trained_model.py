@@ -1,12 +1,14 @@
 """A model that training wrote: its settings, its log, and a trainer around it that scores pairs as its own training would."""
 
+import atexit
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -93,6 +95,13 @@ def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
     return []
 
 
+def temporary_folder() -> str:
+    """A folder of this evaluation's own, for a trainer that saves nothing; it is removed when the process ends."""
+    folder = mkdtemp(prefix="trl_personal-evaluation-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def make_scoring_trainer(
     name: str,
     dataset: Dataset,
@@ -141,7 +150,7 @@ def make_scoring_trainer(
         **{key: value for key, value in settings.items() if key in SCORING}
         | machine_settings(settings)
         | user_settings,
-        output_dir=str(Path(gettempdir()) / "trl_personal_eval"),
+        output_dir=temporary_folder(),
         per_device_eval_batch_size=batch_size,
         disable_tqdm=disable_tqdm,
         gradient_checkpointing=False,

@@ -148,6 +148,8 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         tokenizer = self.tokenizer_of_text
         if user_model is None:
             user_model = make_user_model(self.args, len(user_vocab), self.model, tokenizer, self.args.seed)
+        if self.is_deepspeed_enabled:
+            user_model.keeps_float32 = False
         if self.args.user_learning_rate == 0:
             user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)

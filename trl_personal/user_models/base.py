@@ -88,10 +88,12 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
     A subclass needs `__init__(config)` and `forward(user_indices)`, and a name through [`register_user_model`]. Row
     `GENERIC_USER_INDEX` (0) of every table is the generic user. Make tables an `nn.Embedding` with a row per user: then
     [`resize`], [`keep_rows`], [`get_rows`] and [`set_rows`] work as they are, and bitsandbytes optimizers keep 32-bit state
-    for them. Weights are float32; the soft prompt is cast where it is used.
+    for them. Weights are float32, also where the language model around them is cast (`model.half()`,
+    `model.to(torch.bfloat16)`): small steps would be lost in fewer digits. The soft prompt is cast where it is used.
     """
 
     kind: ClassVar[str]
+    keeps_float32 = True  # not under DeepSpeed, whose engine casts every module and keeps float32 weights itself
     config_class: ClassVar[type[UserModelConfig]] = UserModelConfig
 
     def __init__(self, config: UserModelConfig) -> None:
@@ -99,6 +101,19 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         self.config = config
         self._names_of_rows: frozenset[str] | None = None
         self._hub_mixin_config = None  # the config has a file of its own, so the mixin must not write `config.json`
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `half()`, `to(...)` and `cuda()` call for each tensor: moves are made, casts from float32 are not."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            applied = fn(
+                torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            )  # what `fn` does, told by a tensor of nothing
+            if applied.dtype in (tensor.dtype, torch.float32):
+                return fn(tensor)
+            return tensor.to(applied.device)
+
+        return super()._apply(moved if self.keeps_float32 else fn, recurse)
 
     @abstractmethod
     def forward(self, user_indices: Tensor) -> Tensor:
