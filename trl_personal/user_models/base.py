@@ -106,14 +106,13 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         """What `half()`, `to(...)` and `cuda()` call for each tensor: moves are made, casts from float32 are not."""
 
         def moved(tensor: Tensor) -> Tensor:
-            applied = fn(
-                torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            )  # what `fn` does, told by a tensor of nothing
+            # what `fn` does is told by a tensor of nothing
+            applied = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
             if applied.dtype in (tensor.dtype, torch.float32):
                 return fn(tensor)
             return tensor.to(applied.device)
 
-        return super()._apply(moved if self.keeps_float32 else fn, recurse)
+        return super()._apply(moved if self.keeps_float32 else fn, recurse)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def forward(self, user_indices: Tensor) -> Tensor:
