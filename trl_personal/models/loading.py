@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftModel
@@ -14,7 +15,7 @@ from transformers.utils import cached_file
 from ..files import read_json
 from ..user_models import UserModel
 from ..user_models.base import CONFIG_FILE, read_header, read_user_model_config
-from ..users import UserVocab
+from ..users import USERS_FILE, UserVocab
 from .attach import attach_user_model, check_vocab
 from .folder_checks import (
     ADAPTER_CONFIG,
@@ -165,7 +166,8 @@ def load_user_model(folder: Path) -> tuple[UserModel, UserVocab, dict[str, Any]]
     user_model = UserModel.from_pretrained(folder)
     user_vocab = UserVocab.from_pretrained(folder)
     config = read_user_model_config(folder)
-    check_vocab(user_model, user_vocab)
+    with naming(folder / USERS_FILE):
+        check_vocab(user_model, user_vocab)
     check_user_model_folder(folder, config)
     return user_model, user_vocab, config
 
@@ -287,6 +289,8 @@ def _config_and_architecture(name: str | Path, kwargs: dict[str, Any]) -> tuple[
                 config = AutoConfig.from_pretrained(config or name, **config_kwargs)
         else:
             config = AutoConfig.from_pretrained(config or name, **config_kwargs)
+    if not isinstance(config.dtype, torch.dtype | str | dict | None):
+        raise ValueError(f"`dtype` in {path} must name a dtype of torch, got {config.dtype!r:.200}.")
     architectures: Any = config.architectures or [None]
     if not isinstance(architectures, list) or not isinstance(architectures[0], str | None):
         raise ValueError(f"`architectures` in {path} must be a list of names of classes, got {architectures!r:.200}.")
