@@ -28,7 +28,7 @@ from trl_personal import (
     UserModelConfig,
     UserVocab,
 )
-from trl_personal.models.loading import check_fingerprints
+from trl_personal.models.folder_checks import check_fingerprints
 from trl_personal.training.run_folder import checkpoint_to_resume
 
 
@@ -71,6 +71,7 @@ def test_folder_holds_the_language_model_as_upstream_writes_it_and_the_users_bes
         "tokenizer.json",
         "tokenizer_config.json",
         "training_args.bin",
+        "training_settings.json",
     }
     weights = load_file(tmp_path / "final" / ("adapter_model.safetensors" if lora else "model.safetensors"))
     assert not [name for name in weights if "user" in name]
@@ -452,7 +453,7 @@ def test_saving_a_merged_model_over_its_adapter_leaves_no_adapter_behind(make_tr
 
 def test_weights_that_are_gone_are_noticed(tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is not the file that the user model"):
-        check_fingerprints(tmp_path, {"language_model_files": {"model.safetensors": "0" * 64}})
+        check_fingerprints(tmp_path, {"format_version": 1, "language_model_files": {"model.safetensors": "0" * 64}})
 
 
 def test_training_does_not_go_on_with_a_vocabulary_of_another_size(make_trainer, tmp_path):
@@ -481,7 +482,7 @@ def test_users_that_the_caller_gathered_are_those_written(tmp_path):
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded.user_model.user_offsets.weight, model.user_model.user_offsets.weight + 1)
+    assert torch.equal(loaded.user_model.user_offsets.weight[1:], model.user_model.user_offsets.weight[1:] + 1)
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight + 1)
 
 

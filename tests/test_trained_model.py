@@ -1,5 +1,7 @@
 """A trained folder, scored: the numbers are those of the trainer that trained it."""
 
+import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -13,9 +15,9 @@ from trl_personal.evaluation.trained_model import (
     PAIRS,
     make_scoring_trainer,
     read_log_history,
-    read_training_settings,
     temporary_folder,
 )
+from trl_personal.training.settings import check_settings_file, read_training_settings
 
 
 SETTINGS = {"beta": 0.3, "max_length": 12, "ld_alpha": 0.5, "max_steps": 3, "learning_rate": 0.02}
@@ -113,13 +115,14 @@ class Command:
         return print, ("this must not run",)
 
 
-def test_a_foreign_file_runs_no_code(tmp_path, capsys):
-    torch.save({"args": Command()}, tmp_path / "training_args.bin")
-    with pytest.raises(ValueError, match="cannot be read .*print"):
-        read_training_settings(tmp_path)
+@pytest.mark.parametrize("content", [{"args": Command()}, 1], ids=["command", "number"])
+def test_a_pickle_is_not_read_and_the_settings_to_give_are_named(tmp_path, capsys, caplog, content):
+    torch.save(content, tmp_path / "training_args.bin")
+    with caplog.at_level(logging.WARNING, logger="trl_personal"):
+        assert read_training_settings(tmp_path) == {}
+    assert "--beta`, `--max_length`" in caplog.text
     (tmp_path / "training_args.bin").write_bytes(pickle.dumps(1)[:-1])
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_training_settings(tmp_path)
+    assert read_training_settings(tmp_path) == {}
     assert "this must not run" not in capsys.readouterr().out
 
 
@@ -128,3 +131,50 @@ def test_two_evaluations_on_one_machine_have_folders_of_their_own():
     assert first != second
     assert first.is_dir()
     assert not [*first.iterdir(), *second.iterdir()]
+
+
+def test_settings_are_read_without_the_pickle_beside_them(saved, tmp_path):
+    _, folder = saved(max_grad_norm=float("inf"), lr_scheduler_type="cosine", user_model_kind="none")
+    (tmp_path / "out" / "training_args.bin").write_bytes(b"anything")
+    found = read_training_settings(folder)
+    assert (found["beta"], found["max_grad_norm"], found["lr_scheduler_type"]) == (0.3, float("inf"), "cosine")
+
+
+def test_processes_count_as_gradient_accumulation(saved, tmp_path):
+    _, folder = saved(gradient_accumulation_steps=2)
+    path = tmp_path / "out" / "training_settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_processes": 4}))
+    assert read_training_settings(folder)["gradient_accumulation_steps"] == 8
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"format_version": 2},
+        {"num_processes": 0},
+        {"num_processes": True},
+        {"settings": []},
+        {"settings": {"beta": "0.1"}},
+        {"settings": {"loss_type": "sigmoid"}},
+        {"settings": {"loss_type": [1]}},
+        {"settings": {"max_steps": 1.5}},
+        {"settings": {"bf16": 1}},
+        {"settings": {"user_id_column": None}},
+        {"settings": {"optim": {"float": "inf"}}},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_by_the_name_of_the_file(tmp_path, edit):
+    path = tmp_path / "training_settings.json"
+    path.write_text(json.dumps({"format_version": 1, "num_processes": 1, "settings": {"beta": 0.1}} | edit))
+    with pytest.raises(ValueError, match=r"training_settings\.json"):
+        check_settings_file(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"settings": {"beta": NaN}}', "{" * 10_000, '{"a": 1, "a": 2}'], ids=range(5)
+)
+def test_settings_that_are_no_json_are_refused_by_the_name_of_the_file(tmp_path, text):
+    (tmp_path / "training_settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"training_settings\.json"):
+        read_training_settings(tmp_path)

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -19,7 +20,7 @@ NUM_SAMPLES = 64  # blocks per file; smaller files are read whole
 STAGING_PREFIX = ".saving-"
 SECONDS_UNTIL_LOCKED = 60
 STAGING_LOCK = ".writing"  # in a staging folder, locked while a process writes there
-LM_WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
+LM_WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors")
 
 
 @contextmanager
@@ -88,12 +89,15 @@ def read_json(path: Path) -> dict[str, Any]:
     The JSON object in `path`.
 
     Raises:
-        `FileNotFoundError`: if there is no such file. `ValueError`: if it is cut off, or not a JSON object.
+        `FileNotFoundError`: if there is no such file. `ValueError`: if it is cut off, or not a JSON object, or if it holds
+        NaN or infinity, which JSON does not have.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        values = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not JSON.") from error
     if not isinstance(values, dict):
@@ -109,8 +113,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
 def weight_files(folder: Path) -> set[str]:
-    """Names of the files in `folder` that hold weights of a language model or an adapter."""
+    """Names of the files in `folder` that hold weights of a language model or an adapter, or say which file holds which."""
     return {path.name for pattern in LM_WEIGHT_FILES for path in folder.glob(pattern)}
 
 
@@ -131,3 +139,26 @@ def fingerprint(path: Path) -> str:
                 file.seek((size - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def json_fingerprint(values: Mapping[str, Any]) -> str:
+    """
+    SHA-256 of what a JSON object says, however it is laid out.
+
+    ```python
+    >>> json_fingerprint({"a": 1, "b": [2]}) == json_fingerprint({"b": [2], "a": 1})
+    True
+    ```
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_once(path: Path) -> str:
+    """[`fingerprint`], computed once for a file that stays as it is: a base model beside each checkpoint of its adapter."""
+    status = path.stat()
+    return _fingerprint_of_unchanged(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _fingerprint_of_unchanged(path: Path, size: int, modified: int) -> str:
+    return fingerprint(path)

@@ -179,7 +179,8 @@ class UserVocab:
         Read `users.json`.
 
         Raises:
-            `FileNotFoundError`: if there is none. `ValueError`: if its rows are not 1, 2, ... in some order.
+            `FileNotFoundError`: if there is none. `ValueError`: if its rows are not 1, 2, ... in some order, or if an id is
+            empty or occurs twice.
         """
         path = Path(directory) / USERS_FILE
         rows = read_json(path)
@@ -187,4 +188,7 @@ class UserVocab:
         if not all(type(row) is int for row in numbers) or sorted(numbers) != list(range(1, len(rows) + 1)):
             raise ValueError(f"{path} is not a user vocabulary: its rows must be 1 to {len(rows)}, each once.")
         by_row: list[Any] = sorted(rows, key=rows.__getitem__)
-        return cls(by_row)
+        try:
+            return cls(by_row)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a user vocabulary. {error}") from error

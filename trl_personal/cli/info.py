@@ -3,6 +3,7 @@
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,29 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
 from .. import UserVocab, __version__
 from ..files import read_json, weight_files
-from ..models.loading import check_fingerprints
+from ..models.folder_checks import (
+    BASE_FILES_ENTRY,
+    LM_FILES_ENTRY,
+    base_model_files,
+    check_base_model,
+    check_fingerprints,
+    read_adapter_config,
+)
+from ..models.loading import find_user_model, load_user_model
 from ..models.saving import USER_MODEL_FOLDER
 from ..terminal import json_line, printable
-from ..user_models.base import WEIGHTS_FILE, read_user_model_config
+from ..training.settings import SETTINGS_FILE, check_settings_file
+from ..user_models.base import FILES_ENTRY, WEIGHTS_FILE, read_header, read_user_model_config
 from .arguments import PROG
 from .model_folder import folder_without_weights
 
 
 PACKAGES = ("trl", "transformers", "peft", "torch")
-INTERNAL = ("language_model_files", "bos_token_id")  # entries of the user model's config that are no setting of it
+# entries of the user model's config that are no setting of it
+INTERNAL = (LM_FILES_ENTRY, BASE_FILES_ENTRY, FILES_ENTRY, "bos_token_id")
 
 
 def run_info(arguments: Namespace) -> None:
@@ -47,8 +57,8 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: if it has no user model, or a file of it is damaged.
     """
-    user_folder = folder / USER_MODEL_FOLDER
-    if not user_folder.is_dir():
+    user_folder = find_user_model(str(folder))
+    if user_folder is None:
         raise ValueError(
             f"{folder} has no `{USER_MODEL_FOLDER}/` folder, so it is not a personalized model. Train one with "
             f"`{PROG} dpo`."
@@ -56,10 +66,15 @@ def describe(folder: Path) -> dict[str, Any]:
     config = read_user_model_config(user_folder)
     return {
         **{name: value for name, value in config.items() if name not in INTERNAL},
-        "user_model_parameters": count_parameters(user_folder / WEIGHTS_FILE),
+        "user_model_parameters": sum(
+            math.prod(shape) for shape, _ in read_header(user_folder / WEIGHTS_FILE).values()
+        ),
         "user_model_bytes": _num_bytes(user_folder, {path.name for path in user_folder.iterdir()}),
         **_describe_language_model(folder),
-        "weights_match": weights_match(folder, config),
+        "user_model_matches": is_right(load_user_model, user_folder),
+        "weights_match": is_right(check_fingerprints, folder, config) if weight_files(folder) else None,
+        "base_model_matches": base_model_matches(folder, config),
+        "training_settings": check_settings_file(path) if (path := folder / SETTINGS_FILE).is_file() else None,
         "versions": {"trl_personal": __version__, **{name: version(name) for name in PACKAGES}},
     }
 
@@ -80,29 +95,23 @@ def _describe_language_model(folder: Path) -> dict[str, Any]:
     }
 
 
-def count_parameters(path: Path) -> int:
-    """
-    Numbers in a safetensors file, from its header.
-
-    Raises:
-        `FileNotFoundError`: if it is missing. `ValueError`: if it is cut off.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not safetensors.") from error
-
-
-def weights_match(folder: Path, config: dict[str, Any]) -> bool | None:
-    """Whether the language model's files are those the user model was saved with; `None` if they are not here."""
-    if not weight_files(folder):
+def base_model_matches(folder: Path, config: dict[str, Any]) -> bool | None:
+    """Whether an adapter's base model is the one it was saved with; `None` for a full model, or a base that is not here."""
+    if not config.get(BASE_FILES_ENTRY):
         return None
+    adapter = read_adapter_config(folder)
+    name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    if not base_model_files(name, revision):
+        return None
+    return is_right(check_base_model, folder, config, name, revision)
+
+
+def is_right(check: Callable[..., object], *arguments: Any) -> bool:
+    """Whether a check passes."""
     try:
-        check_fingerprints(folder, config)
-    except ValueError:
+        check(*arguments)
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"{printable(str(error))}\n")
         return False
     return True
 
@@ -123,8 +132,8 @@ def _as_text(name: str, value: Any) -> str:
         return "unknown"
     if name.endswith("_bytes"):
         return decimal(value)
-    if name == "weights_match":
-        return "yes" if value else "no: the folder holds parts of two saves"
+    if isinstance(value, bool):
+        return "yes" if value else "no: the folder holds parts of two saves, or files that were edited"
     if isinstance(value, dict):
         return ", ".join(f"{key} {entry}" for key, entry in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

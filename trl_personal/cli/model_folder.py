@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 
-SMALL_FILES = ["config.json", "adapter_config.json", "user_model/*"]
+SMALL_FILES = ["config.json", "adapter_config.json", "training_settings.json", "user_model/*"]
 
 
 def check_model_name(name: str) -> None:

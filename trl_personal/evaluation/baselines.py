@@ -14,9 +14,10 @@ from ..arrays import FloatArray
 from ..models.loading import is_adapter
 from ..training.config import PersonalizedDPOConfig
 from ..training.dpo import PersonalizedDPOTrainer
+from ..training.settings import SCORING, TRAINING
 from ..user_column import iterate_user_ids
 from .scoring import ScoredPairs, score_pairs
-from .trained_model import SCORING, TRAINING, machine_settings, temporary_folder
+from .trained_model import machine_settings, temporary_folder
 
 
 BASELINES = ("vanilla", "user_id_text", "in_context", "lora_per_user")
@@ -69,7 +70,7 @@ def train_without_users(
     Args:
         base_model (`str`): The model that the training starts from; it is the reference too.
         train (`Dataset`): The pairs to train on, whoever they belong to.
-        settings (`Mapping`): Settings as from [`~evaluation.trained_model.read_training_settings`].
+        settings (`Mapping`): Settings as from [`~training.settings.read_training_settings`].
         peft_config (`PeftConfig`, *optional*): The adapter to train; `None` trains all weights.
         processor (`str`, *optional*): Where the tokenizer is. By default it is with the base model.
         max_steps (`int`, *optional*): The number of steps, in place of the one in `settings`.
@@ -228,7 +229,7 @@ def score_lora_per_user(
         base_model (`str`): The model that each training starts from; it is the reference too.
         dataset (`Dataset`): The pairs to score.
         train (`Dataset`): The pairs to train on.
-        settings (`Mapping`): Settings as from [`~evaluation.trained_model.read_training_settings`].
+        settings (`Mapping`): Settings as from [`~training.settings.read_training_settings`].
         peft_config (`PeftConfig`, *optional*): The adapter of each user. By default LoRA on all linear layers.
         of_unknown (`NDArray`): The margins `(len(dataset),)` that users without training pairs get, such as those of vanilla
             DPO. Rows that a trainer leaves out have NaN.

@@ -19,6 +19,7 @@ from ..models.saving import get_base_model
 from ..serving.writer import processor_name, text_of_last
 from ..training.dpo import PersonalizedDPOTrainer
 from ..training.run_users import with_names_of_users
+from ..training.settings import read_training_settings
 from ..user_column import check_user_column, iterate_user_ids
 from ..user_models import UserModel
 from ..user_profile import Prompt
@@ -34,7 +35,7 @@ from .baselines import (
 )
 from .results import ModelEvaluation, describe_run
 from .scoring import ScoredPairs, first_profiles, score_pairs
-from .trained_model import PAIRS, make_scoring_trainer, read_log_history, read_training_settings
+from .trained_model import PAIRS, make_scoring_trainer, read_log_history
 from .verdict import evaluate_margins
 
 

@@ -9,7 +9,7 @@ from ..user_models import UserModel
 from ..users import UserVocab
 from .generation import PersonalizedGeneration
 from .mixins import add_mixin, remove_mixin
-from .saving import PersonalizedSaving, get_base_model
+from .saving import PersonalizedSaving, embedding_size, get_base_model
 from .soft_prompt import SoftPromptInsertion
 
 
@@ -104,7 +104,7 @@ def _check_fit(causal_lm: Any, user_model: UserModel, user_vocab: UserVocab) -> 
         )
     if causal_lm.get_decoder() is causal_lm:
         raise ValueError(f"{type(causal_lm).__name__} has no decoder below its LM head to insert soft prompts in.")
-    width = causal_lm.get_input_embeddings().embedding_dim
+    _, width = embedding_size(causal_lm.get_input_embeddings())
     if user_model.config.token_dim != width:
         raise ValueError(
             f"The user model makes soft prompts of width {user_model.config.token_dim}, the token embeddings of "

@@ -3,23 +3,49 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..files import fingerprint
+from ..files import read_json
 from ..user_models import UserModel
-from ..user_models.base import CONFIG_FILE, read_user_model_config
-from ..users import UserVocab
+from ..user_models.base import CONFIG_FILE, read_header, read_user_model_config
+from ..users import USERS_FILE, UserVocab
 from .attach import attach_user_model, check_vocab
-from .saving import USER_MODEL_FOLDER, get_base_model
+from .folder_checks import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LM_FILES_ENTRY,
+    check_base_model,
+    check_bos_token_id,
+    check_fingerprints,
+    check_loaded,
+    check_sizes,
+    check_user_model_folder,
+    naming,
+    read_adapter_config,
+)
+from .saving import USER_MODEL_FOLDER, embedding_size, get_base_model
 
 
 HUB_PULL_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+REFUSED_ARGUMENTS = {  # of transformers' `from_pretrained`, with what to do instead
+    "adapter_kwargs": "Settings of an adapter are those in its folder.",
+    "adapter_name": "Load the model without it, then add another adapter with `model.load_adapter`.",
+    "device_mesh": "Load with `device_map`, or train under FSDP2 with accelerate.",
+    "distributed_config": "Load with `device_map`, or train under FSDP2 with accelerate.",
+    "gguf_file": "Load the language model with it, then use `attach_user_model`.",
+    "proxies": "Set the environment variable HTTPS_PROXY.",
+    "state_dict": "Load the language model with it, then use `attach_user_model`.",
+    "tp_plan": "Load with `device_map`, or train under FSDP2 with accelerate.",
+    "tp_size": "Load with `device_map`, or train under FSDP2 with accelerate.",
+}
+OTHER_MODEL_ARGUMENTS = ("config", "ignore_mismatched_sizes", "key_mapping")  # the caller says that the files differ
 
 
 class AutoPersonalizedModelForCausalLM:
@@ -41,7 +67,7 @@ class AutoPersonalizedModelForCausalLM:
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel | PeftModel:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """
         The language model itself (`GPTJForCausalLM`, `PeftModelForCausalLM`, ...), with the user model attached (see
         [`attach_user_model`]) and in evaluation mode.
@@ -49,41 +75,85 @@ class AutoPersonalizedModelForCausalLM:
         Args:
             pretrained_model_name_or_path (`str` or `Path`): The folder or the repository on the hub that holds the model.
             **kwargs: Arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`], such as `dtype`, `device_map`,
-                `quantization_config`, `revision`; for an adapter they go to the base model, and `is_trainable` to PEFT.
+                `quantization_config`, `revision`, `subfolder`; for an adapter they go to the base model, and `is_trainable` to
+                PEFT. What each of them does is in docs/compatibility.md.
+
+        Returns:
+            The model, or with `output_loading_info=True` the model and transformers' dictionary on how it was loaded.
 
         Raises:
-            `ValueError`: if there is no `user_model/`, if one of its files is cut off, foreign or of a newer format, if
-                it does not fit the language model, or if the weights beside it are not those it was saved with.
+            `ValueError`: if there is no `user_model/`, if a file is cut off, damaged, foreign or of a newer format, if it
+                is not the one that was saved with the others, or if the user model does not fit the language model; or for an
+                argument that does not work here.
         """
         name = str(pretrained_model_name_or_path)
+        refuse_arguments(kwargs)
+        subfolder = kwargs.pop("subfolder", None) or ""
         hub_kwargs = {key: kwargs[key] for key in HUB_PULL_ARGUMENTS if key in kwargs}
-        folder = find_user_model(name, **hub_kwargs)
-        if folder is None:
+        user_folder = find_user_model(name, subfolder, **hub_kwargs)
+        if user_folder is None:
             raise ValueError(
-                f"{name} has no `{USER_MODEL_FOLDER}/` folder, so it is not a personalized model. Load a plain language model "
-                "with `AutoModelForCausalLM`, or train one with `PersonalizedDPOTrainer`."
+                f"{Path(name, subfolder)} has no `{USER_MODEL_FOLDER}/` folder, so it is not a personalized model. Load a "
+                "plain language model with `AutoModelForCausalLM`, or train one with `PersonalizedDPOTrainer`."
                 + (
                     ""
                     if Path(name).is_dir()
                     else " (There is no local folder of that name, and no repository was found or reached.)"
                 )
             )
-        user_model, user_vocab, config = load_user_model(folder)
-        model = load_language_model(name, **kwargs)
-        check_fingerprints(folder.parent, config)
+        user_model, user_vocab, config = load_user_model(user_folder)
+        folder = user_folder.parent
+        fetch_language_model(name, subfolder, config, **hub_kwargs)
+        check_fingerprints(folder, config, needs_weights=True)
+        model, info = _load_whole_folder(folder, config, kwargs)
+        causal_lm = get_base_model(model)
+        if model is causal_lm and not Path(name).is_dir():
+            causal_lm.config.name_or_path = name  # and not its place in the cache
+        num_tokens = embedding_size(causal_lm.get_input_embeddings())[0]
+        check_bos_token_id(folder, config, num_tokens, causal_lm.config.get_text_config().bos_token_id)
         template = config.get("user_profile_template")
         attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)
-        return model
+        return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def find_user_model(name: str, **hub_kwargs: Any) -> Path | None:
-    """The `user_model/` folder of a local folder or a hub repository; `None` if it has none."""
+def refuse_arguments(kwargs: dict[str, Any]) -> None:
+    """
+    Refuse what would load something else than what was saved.
+
+    Raises:
+        `ValueError`: if one of `kwargs` does not work with users; it says what to do instead.
+    """
+    for name, instead in REFUSED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"`{name}` does not work for a model with users. {instead}")
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("`use_safetensors=False` does not work for a model with users: its weights are safetensors.")
+
+
+def find_user_model(name: str, subfolder: str = "", **hub_kwargs: Any) -> Path | None:
+    """
+    The `user_model/` folder of a local folder or a hub repository, or of a folder inside it; `None` if it has none.
+
+    Raises:
+        `ValueError`: if `user_model` is no folder.
+    """
     if Path(name).is_dir():
-        folder = Path(name) / USER_MODEL_FOLDER
+        folder = Path(name, subfolder, USER_MODEL_FOLDER)
+        if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+            raise ValueError(f"{folder} is not a folder. Put the `{USER_MODEL_FOLDER}/` folder back that was saved.")
         return folder if folder.is_dir() else None
-    if _cached(name, f"{USER_MODEL_FOLDER}/{CONFIG_FILE}", hub_kwargs) is None:
+    inside = Path(subfolder, USER_MODEL_FOLDER).as_posix()
+    if cached(name, f"{inside}/{CONFIG_FILE}", hub_kwargs) is None:
         return None
-    return Path(snapshot_download(name, allow_patterns=f"{USER_MODEL_FOLDER}/*", **hub_kwargs)) / USER_MODEL_FOLDER
+    return Path(snapshot_download(name, allow_patterns=f"{inside}/*", **hub_kwargs)) / inside
+
+
+def fetch_language_model(name: str, subfolder: str, config: dict[str, Any], **hub_kwargs: Any) -> None:
+    """Download the files of the language model that a user model in a repository was saved with; nothing for a folder."""
+    if not Path(name).is_dir():
+        files = [*(config.get(LM_FILES_ENTRY) or ()), "*.json", "*.py"]
+        patterns = [Path(subfolder, file).as_posix() for file in files]
+        snapshot_download(name, allow_patterns=patterns, **hub_kwargs)
 
 
 def load_user_model(folder: Path) -> tuple[UserModel, UserVocab, dict[str, Any]]:
@@ -91,29 +161,20 @@ def load_user_model(folder: Path) -> tuple[UserModel, UserVocab, dict[str, Any]]
     The user model in a `user_model/` folder, its vocabulary, and the entries of its config file.
 
     Raises:
-        `ValueError`: if the vocabulary has another number of users than the table; or as [`UserModel.from_pretrained`].
+        `ValueError`: if a file is not the one that was saved, or an entry cannot be; or as [`UserModel.from_pretrained`].
     """
     user_model = UserModel.from_pretrained(folder)
     user_vocab = UserVocab.from_pretrained(folder)
-    check_vocab(user_model, user_vocab)
-    return user_model, user_vocab, read_user_model_config(folder)
+    config = read_user_model_config(folder)
+    with naming(folder / USERS_FILE):
+        check_vocab(user_model, user_vocab)
+    check_user_model_folder(folder, config)
+    return user_model, user_vocab, config
 
 
 def is_adapter(name: str, **hub_kwargs: Any) -> bool:
     """Whether a local folder or a hub repository holds a PEFT adapter, and not a whole language model."""
-    return _cached(name, "adapter_config.json", hub_kwargs) is not None
-
-
-def check_fingerprints(folder: Path, config: dict[str, Any]) -> None:
-    """Raise a `ValueError` unless the weights in `folder` are those that the user model was saved with."""
-    for name, expected in config.get("language_model_files", {}).items():
-        path = folder / name
-        if not path.is_file() or fingerprint(path) != expected:
-            raise ValueError(
-                f"{path} is not the file that the user model in {folder / USER_MODEL_FOLDER} was saved with: the folder holds "
-                "parts of two saves, as after a kill. Use an earlier checkpoint, or put the matching files back. (To "
-                "combine a user model with other weights on purpose, use `attach_user_model`.)"
-            )
+    return cached(name, ADAPTER_CONFIG, hub_kwargs) is not None
 
 
 def reload_renamed_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -126,7 +187,7 @@ def reload_renamed_weights(model: nn.Module, checkpoint: Path) -> None:
     saved = {name for file in checkpoint.glob("model*.safetensors") for name in safe_open(file, "pt").keys()}
     if saved <= set(model.state_dict()):
         return
-    loaded = _load_by_architecture(checkpoint, dtype=get_base_model(model).dtype)
+    loaded, _ = _load_by_architecture(checkpoint, dtype=get_base_model(model).dtype)
     model.load_state_dict(loaded.state_dict(), strict=False)
 
 
@@ -134,24 +195,120 @@ def load_language_model(name: str, *, is_trainable: bool = False, **kwargs: Any)
     """The language model or adapter in a folder or repository, without users."""
     hub_kwargs = {key: kwargs[key] for key in HUB_PULL_ARGUMENTS if key in kwargs}
     if not is_adapter(name, **hub_kwargs):
-        return _load_by_architecture(name, **kwargs)
-    adapter = PeftConfig.from_pretrained(name, **hub_kwargs)
-    base_kwargs = {**kwargs, "revision": adapter.revision or "main"}
-    base = _load_by_architecture(str(adapter.base_model_name_or_path), **base_kwargs)
-    return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
+        return _load_by_architecture(name, **kwargs)[0]
+    if not Path(name).is_dir():
+        name = snapshot_download(name, allow_patterns=["*.json", ADAPTER_WEIGHTS], **hub_kwargs)
+    return _load_adapter(Path(name), {}, is_trainable, kwargs)[0]
 
 
-def _load_by_architecture(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+def check_language_model_config(folder: Path, **kwargs: Any) -> None:
+    """
+    Make sure that the `config.json` in a local folder describes the weights beside it, before anything is allocated.
+
+    Raises:
+        `ValueError`: if it is damaged, or describes another model.
+    """
+    read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    config, architecture = _config_and_architecture(folder, kwargs)
+    if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
+        check_sizes(folder, architecture, config)
+
+
+def _load_whole_folder(folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The language model or adapter in a local folder, whose fingerprints are right, and how it was loaded."""
+    is_trainable = kwargs.get("is_trainable", False)
+    if (folder / ADAPTER_CONFIG).is_file():
+        kwargs = {key: value for key, value in kwargs.items() if key != "is_trainable"}
+        return _load_adapter(folder, config, is_trainable, kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("is_trainable", *HUB_PULL_ARGUMENTS)}
+    if any(kwargs.get(name) for name in OTHER_MODEL_ARGUMENTS):
+        return _load_by_architecture(folder, **kwargs)
+    check_language_model_config(folder, **kwargs)
+    model, info = _load_by_architecture(folder, **kwargs)
+    check_loaded(folder, info, getattr(model.config, "quantization_config", None) is not None)
+    return model, info
+
+
+def _load_adapter(
+    folder: Path, config: dict[str, Any], is_trainable: bool, kwargs: dict[str, Any]
+) -> tuple[PeftModel, dict[str, Any]]:
+    path = folder / ADAPTER_CONFIG
+    adapter = read_adapter_config(folder)
+    name, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+    try:
+        base, info = _load_by_architecture(name, **{**kwargs, "revision": revision})
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The base model {name}, which {path} names, cannot be loaded ({error}). If it has moved, write its new place "
+            "into the file."
+        ) from error
+    check_base_model(folder, config, name, revision)
+    _resize_as_saved(base, folder)
+    with naming(path):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable), info
+
+
+def _resize_as_saved(base: PreTrainedModel, folder: Path) -> None:
+    """
+    Give the base model as many tokens as it had when the adapter was trained: tokens may have been added, and PEFT saves
+    the embeddings then. (`AutoPeftModelForCausalLM` goes by the tokenizer, which may well have more tokens than the model.)
+    """
+    embedding = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is embedding)
+    rows = {
+        shape[1] if key.endswith("lora_embedding_A") else shape[0]
+        for key, (shape, _) in read_header(folder / ADAPTER_WEIGHTS).items()
+        if f".{name}." in key and key.endswith((".weight", "lora_embedding_A")) and len(shape) == 2
+    }
+    if len(rows) == 1 and rows != {embedding_size(embedding)[0]}:
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)  # the rows come with the adapter
+
+
+def _load_by_architecture(name: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The class that the config names, as TRL does: the automatic one for language models knows none that see images."""
-    config_names = (*HUB_PULL_ARGUMENTS, "trust_remote_code")
-    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in config_names if key in kwargs})
-    architecture = getattr(
-        transformers, (config.architectures or [""])[0] or "AutoModelForCausalLM", AutoModelForCausalLM
-    )
-    return architecture.from_pretrained(name, **kwargs)
+    _, architecture = _config_and_architecture(name, kwargs)
+    return architecture.from_pretrained(name, **{**kwargs, "output_loading_info": True})
 
 
-def _cached(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
+def _config_and_architecture(name: str | Path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
+    """
+    The config of a model and its class.
+
+    Raises:
+        `ValueError`: if a local `config.json` is damaged, or if the class is no model, or one of another config.
+    """
+    path = Path(name) / "config.json"
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        config_names = (*HUB_PULL_ARGUMENTS, "trust_remote_code", "code_revision")
+        config_kwargs = {key: kwargs[key] for key in config_names if key in kwargs}
+        if path.is_file():
+            with naming(path):
+                config = AutoConfig.from_pretrained(config or name, **config_kwargs)
+        else:
+            config = AutoConfig.from_pretrained(config or name, **config_kwargs)
+    if not isinstance(config.dtype, torch.dtype | str | dict | None):
+        raise ValueError(f"`dtype` in {path} must name a dtype of torch, got {config.dtype!r:.200}.")
+    architectures: Any = config.architectures or [None]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str | None):
+        raise ValueError(f"`architectures` in {path} must be a list of names of classes, got {architectures!r:.200}.")
+    architecture = getattr(transformers, architectures[0] or "AutoModelForCausalLM", AutoModelForCausalLM)
+    if architecture is AutoModelForCausalLM:
+        return config, architecture
+    if not isinstance(architecture, type) or not issubclass(architecture, PreTrainedModel):
+        raise ValueError(f"`architectures` in {path} names {architectures[0]!r}, which is no model of transformers.")
+    if not isinstance(config, architecture.config_class or PreTrainedConfig):
+        raise ValueError(
+            f"`architectures` in {path} names {architectures[0]}, which is no model of the type {config.model_type!r} that "
+            "the file says. Put back the config that was saved."
+        )
+    return config, architecture
+
+
+def cached(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
+    """Where a file of a local folder or a hub repository is; `None` if it has none."""
     return cached_file(
         name,
         filename,

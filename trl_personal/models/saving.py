@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import fingerprint, staged_folder, weight_files
+from ..files import staged_folder, weight_files
 from ..user_models import UserModel
 from ..user_models.base import CONFIG_FILE
+from .folder_checks import base_model_files, language_model_files
 
 
 USER_MODEL_FOLDER = "user_model"
@@ -69,8 +70,8 @@ class PersonalizedSaving:
 
 def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """
-    Write `user_model/` into `directory`, with fingerprints of the weights that are there. `state_dict` replaces the user
-    model's own, for weights gathered from other processes.
+    Write `user_model/` into `directory`, with fingerprints of the weights that are there, and of the base model of an
+    adapter. `state_dict` replaces the user model's own, for weights gathered from other processes.
     """
     causal_lm = get_base_model(model)
     folder = directory / USER_MODEL_FOLDER
@@ -81,8 +82,32 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
         state_dict,
         bos_token_id=causal_lm._soft_prompt_insertion.bos_token_id,
         **({"user_profile_template": template} if template is not None else {}),
-        language_model_files={name: fingerprint(directory / name) for name in sorted(weight_files(directory))},
+        language_model_files=language_model_files(directory),
+        **({"base_model_files": _base_model_files(model)} if isinstance(model, PeftModel) else {}),
     )
+
+
+def _base_model_files(model: PeftModel) -> dict[str, str]:
+    config: Any = model.peft_config[model.active_adapter]
+    name = config.base_model_name_or_path or get_base_model(model).config.name_or_path
+    return base_model_files(str(name), config.revision) if name else {}
+
+
+def embedding_size(embedding: nn.Module) -> tuple[int, int]:
+    """
+    The number of tokens and the width of input embeddings, from the `nn.Embedding` itself where PEFT has wrapped it, and
+    also where DeepSpeed has taken the weights away.
+
+    ```python
+    >>> embedding_size(nn.Embedding(19, 32))
+    (19, 32)
+    ```
+    """
+    for module in embedding.modules():
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
+    weight: Any = embedding.weight
+    return weight.shape[0], weight.shape[1]
 
 
 def user_model_prefix(model: nn.Module) -> str:

@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..models.loading import check_fingerprints, find_user_model, load_user_model, reload_renamed_weights
-from ..models.saving import USER_MODEL_FOLDER, full_user_state, save_user_model, set_user_state
+from ..models.folder_checks import check_base_model, check_fingerprints
+from ..models.loading import find_user_model, load_user_model, reload_renamed_weights
+from ..models.saving import USER_MODEL_FOLDER, full_user_state, get_base_model, save_user_model, set_user_state
 from ..user_models import UserModel
 from ..users import UserVocab
 from .model_card import add_users_section
 from .run_folder import checkpoint_to_resume, only_run_in, warn_of_earlier_run
+from .settings import write_training_settings
 
 
 class CheckpointsMixin(Trainer):
@@ -46,8 +49,13 @@ class CheckpointsMixin(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers. Where FSDP2 or ZeRO-3 may write shards only, the user model is gathered and written here."""
+        """
+        As in transformers, and the settings of the training as JSON. Where FSDP2 or ZeRO-3 may write shards only, the user
+        model is gathered and written here.
+        """
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            write_training_settings(Path(output_dir or str(self.args.output_dir)), self.args)
         if self.user_model is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             with gather_params_ctx(list(self.user_model.parameters()), modifier_rank=None):
                 state = full_user_state(self.user_model)
@@ -77,6 +85,8 @@ class CheckpointsMixin(Trainer):
             )
         saved, vocab, config = load_user_model(folder)
         check_fingerprints(folder.parent, config)
+        if isinstance(self.model, PeftModel):
+            check_base_model(folder.parent, config, get_base_model(self.model).config.name_or_path)
         if vocab != self.user_vocab:
             raise ValueError(
                 f"{checkpoint} was trained on {len(vocab)} users, this run has {len(self.user_vocab or ())}, or another "

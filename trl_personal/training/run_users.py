@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -14,15 +13,17 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.attach import detach_user_model, is_personalized
+from ..models.folder_checks import check_fingerprints
 from ..models.loading import (
     HUB_PULL_ARGUMENTS,
     AutoPersonalizedModelForCausalLM,
-    check_fingerprints,
+    check_language_model_config,
+    fetch_language_model,
     find_user_model,
     is_adapter,
     load_user_model,
 )
-from ..models.saving import get_base_model
+from ..models.saving import embedding_size, get_base_model
 from ..user_column import AnyDataset, collect_users, iterate_user_ids, warn_of_missing_users, with_user_names
 from ..user_models import UserModel, get_user_model_class
 from ..user_models.initialization import soft_prompt_drawer
@@ -69,13 +70,15 @@ def take_known_users(
         return model, detach_user_model(model) if is_personalized(model) else None, quantization_config
     kwargs = {"dtype": torch.float32, **dict(args.model_init_kwargs or {})}  # type: ignore[attr-defined]
     hub_kwargs = {name: kwargs[name] for name in HUB_PULL_ARGUMENTS if name in kwargs}
-    folder = find_user_model(model, **hub_kwargs)
+    subfolder = kwargs.get("subfolder") or ""
+    folder = find_user_model(model, subfolder, **hub_kwargs)
     if folder is None:
         return model, None, quantization_config
-    if not is_adapter(model, **hub_kwargs):
+    if not is_adapter(model, subfolder=subfolder, **hub_kwargs):
         user_model, user_vocab, config = load_user_model(folder)
-        if Path(model).is_dir():  # the weights of a repository are not here yet
-            check_fingerprints(folder.parent, config)
+        fetch_language_model(model, subfolder, config, **hub_kwargs)
+        check_fingerprints(folder.parent, config)
+        check_language_model_config(folder.parent)
         return model, (user_model, user_vocab), quantization_config
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
@@ -188,14 +191,15 @@ def make_user_model(
     """
     embedding = get_base_model(model).get_input_embeddings()
     user_model_class = get_user_model_class(args.user_model_kind)
-    sizes: dict[str, Any] = {"num_users": num_users, "token_dim": embedding.embedding_dim}
+    num_tokens, token_dim = embedding_size(embedding)
+    sizes: dict[str, Any] = {"num_users": num_users, "token_dim": token_dim}
     for option in {field.name for field in fields(user_model_class.config_class)} - sizes.keys():
         if hasattr(args, option):
             sizes[option] = getattr(args, option)
     text = args.soft_prompt_init_text
     draw = soft_prompt_drawer(
         embedding,
-        min(embedding.num_embeddings, len(tokenizer)),
+        min(num_tokens, len(tokenizer)),
         args.num_virtual_tokens,
         args.soft_prompt_init,
         seed,

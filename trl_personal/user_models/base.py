@@ -11,18 +11,24 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import read_json, replaced_file, write_atomically
-from ..users import GENERIC_USER_INDEX
+from ..files import fingerprint, json_fingerprint, read_json, replaced_file, write_atomically
+from ..users import GENERIC_USER_INDEX, USERS_FILE
 
 
 CONFIG_FILE = "user_model_config.json"
 WEIGHTS_FILE = "user_model.safetensors"
-FORMAT_VERSION = 1  # of the two files above
+FORMAT_VERSION = 2  # of the two files above; 1 has no list of their fingerprints
+FILES_ENTRY = "user_model_files"  # in the config: fingerprints of the files beside it, and of its other entries
+
+SAVE_ANEW = (
+    "(To combine a user model with a language model or a vocabulary on purpose, use `attach_user_model`; the model's "
+    "`save_pretrained` then writes a folder that belongs together.)"
+)
 
 USER_MODELS: dict[str, type["UserModel"]] = {}
 
@@ -50,7 +56,7 @@ def register_user_model(kind: str) -> Callable[[UserModelClass], UserModelClass]
 
 def get_user_model_class(kind: str) -> type["UserModel"]:
     """Returns the class registered as `kind`. Raises a `ValueError` that names the known kinds if there is none."""
-    if kind not in USER_MODELS:
+    if not isinstance(kind, str) or kind not in USER_MODELS:
         raise ValueError(
             f"There is no user model of kind {kind!r}. Known kinds: {sorted(USER_MODELS)}. If the kind is your own, "
             "import the module that registers it first."
@@ -287,13 +293,32 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         """
         Write `user_model.safetensors`, then `user_model_config.json` with `extra` entries in it; each atomically.
 
+        The config holds fingerprints of the weights, of a `users.json` that lies there, and of its own other entries. The
+        generic user's row of a table that has none (`padding_idx`) is written as zeros.
+
         `state_dict` replaces the module's own, for weights gathered from other processes.
         """
+        directory = Path(directory)
         state = self.state_dict() if state_dict is None else state_dict
-        with replaced_file(Path(directory) / WEIGHTS_FILE) as path:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, path)
-        config = {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.config), **extra}
-        write_atomically(Path(directory) / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        for name in self._tables_without_generic_row() & state.keys():
+            state[name] = state[name].clone()
+            state[name][GENERIC_USER_INDEX] = 0
+        with replaced_file(directory / WEIGHTS_FILE) as path:
+            save_file(state, path)
+        config: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.config), **extra}
+        beside = [name for name in (WEIGHTS_FILE, USERS_FILE) if (directory / name).is_file()]
+        files = {name: fingerprint(directory / name) for name in beside}
+        config[FILES_ENTRY] = files | {CONFIG_FILE: json_fingerprint(config)}
+        write_atomically(directory / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+    def _tables_without_generic_row(self) -> set[str]:
+        """Tables that say, by `padding_idx`, that the generic user has no row of its own: row 0 is zero and is not trained."""
+        return {
+            f"{name}.weight"
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Embedding) and module.padding_idx == GENERIC_USER_INDEX
+        }
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save_files(save_directory)
@@ -306,7 +331,8 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
 
         Raises:
             `FileNotFoundError`: if a file is missing. `ValueError`: if a file is cut off, foreign, of a newer format, of an
-            unknown kind, or if its weights do not have the shapes that the config says.
+            unknown kind, or not the one that was saved; or if its weights do not have the shapes that the config says, are
+            not finite, or give the generic user a row that the kind does not have.
         """
         directory = Path(pretrained_model_name_or_path)
         if not directory.is_dir():
@@ -320,44 +346,130 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         missing = sorted(names - set(values))
         if missing:
             raise ValueError(f"{directory / CONFIG_FILE} lacks {missing}; it is not of kind {values['kind']!r}.")
-        user_model = user_model_class(user_model_class.config_class(**{name: values[name] for name in names}))
+        try:
+            config = user_model_class.config_class(**{name: values[name] for name in names})
+            with torch.device("meta"):
+                user_model = user_model_class(
+                    config
+                )  # its shapes: nothing is allocated before the file is known to fit
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{directory / CONFIG_FILE} has sizes that cannot be. {error}") from error
+        user_model._check_shapes(directory / WEIGHTS_FILE)
+        check_user_files(directory, values, (WEIGHTS_FILE, CONFIG_FILE))
+        user_model = user_model_class(config)
         user_model.load_weights(directory)
         return user_model
 
     def load_weights(self, directory: str | Path) -> None:
         """
-        Read `user_model.safetensors` into this module.
+        Read `user_model.safetensors` into this module. Shapes are compared with those in the file's header first.
 
         Raises:
-            `FileNotFoundError`: if it is missing. `ValueError`: if it is cut off or holds other names, shapes or dtypes.
+            `FileNotFoundError`: if it is missing. `ValueError`: if it is cut off or holds other names, shapes or dtypes, or
+            numbers that are not finite, or a row of the generic user in a table without one.
         """
         path = Path(directory) / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
-        try:
-            saved = load_file(path)
-        except SafetensorError as error:
+        self._check_shapes(path)
+        saved = load_file(path)
+        spoiled = sorted(name for name, tensor in saved.items() if not tensor.isfinite().all())
+        if spoiled:
             raise ValueError(
-                f"{path} cannot be read ({error}). The file is cut off, or is not safetensors."
-            ) from error
-        expected = self.state_dict()
-        found = {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in saved.items()}
-        wanted = {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in expected.items()}
-        if found != wanted:
+                f"{path} holds NaN or infinity in {spoiled}, as after a training that diverged. Use an earlier checkpoint."
+            )
+        for name in sorted(self._tables_without_generic_row() & saved.keys()):
+            if saved[name][GENERIC_USER_INDEX].any():
+                raise ValueError(
+                    f"Row {GENERIC_USER_INDEX} of `{name}` in {path} is not zero, but in a user model of kind {self.kind!r} "
+                    "the generic user has no row. The file is damaged, or of another kind: put back the one that was saved."
+                )
+        self.load_state_dict(saved)
+
+    def _check_shapes(self, path: Path) -> None:
+        """Compare names, shapes and dtypes with the header of a file, of which no more is read."""
+        found = read_header(path)
+        expected = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self.state_dict().items()}
+        floats = {name: (shape, dtype.startswith(("F", "BF"))) for name, (shape, dtype) in found.items()}
+        if floats != {name: (tuple(t.shape), t.is_floating_point()) for name, t in self.state_dict().items()}:
             raise ValueError(
                 f"{path} does not fit a user model of kind {self.kind!r} with {self.config}: expected "
-                f"{_describe(expected)}, found {_describe(saved)}."
+                f"{_describe(expected)}, found {_describe(found)}."
             )
-        self.load_state_dict(saved)
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """
+    Shapes and dtypes (`"F32"`, `"I64"`, ...) of the tensors in a safetensors file, by name, from its header alone.
+
+    Raises:
+        `FileNotFoundError`: if it is missing. `ValueError`: if it is cut off.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not safetensors.") from error
+
+
+def check_user_files(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """
+    Make sure that the files `names` in `directory` are those that `config`, its `user_model_config.json`, was saved with.
+
+    Folders of format 1 have no list of them.
+
+    Raises:
+        `ValueError`: if a file is another one or gone, or if the list is missing or lacks the file.
+    """
+    if FILES_ENTRY not in config and config["format_version"] == 1:
+        return
+    listed = fingerprint_list(directory, config, FILES_ENTRY)
+    for name in names:
+        path = directory / name
+        if name not in listed:
+            raise ValueError(f"`{FILES_ENTRY}` in {directory / CONFIG_FILE} lacks {name}. {SAVE_ANEW}")
+        if name == CONFIG_FILE:
+            found: str | None = json_fingerprint({key: value for key, value in config.items() if key != FILES_ENTRY})
+        else:
+            found = fingerprint(path) if path.is_file() else None
+        if found != listed[name]:
+            raise ValueError(
+                f"{path} is not the file that was saved in {directory}: the folder holds parts of two saves, as after a kill, "
+                f"or the file was edited or swapped. Use an earlier checkpoint, or put the file back. {SAVE_ANEW}"
+            )
+
+
+def fingerprint_list(directory: Path, config: Mapping[str, Any], entry: str) -> dict[str, str]:
+    """
+    The fingerprints in an entry of the config of a user model, by the names of files in one folder.
+
+    Raises:
+        `ValueError`: if there is no such entry, or if it is no list of files.
+    """
+    path, listed = directory / CONFIG_FILE, config.get(entry)
+    if listed is None:
+        raise ValueError(
+            f"{path} has no `{entry}`, so nothing says which files it belongs to: the user model was saved alone, or the "
+            f"entry is lost. {SAVE_ANEW}"
+        )
+    if not isinstance(listed, dict) or not all(
+        isinstance(value, str) and Path(name).name == name for name, value in listed.items()
+    ):
+        raise ValueError(
+            f"`{entry}` in {path} must map names of files in the folder to fingerprints, got {listed!r:.200}."
+        )
+    return listed
 
 
 def read_user_model_config(directory: Path) -> dict[str, Any]:
     """The entries of `user_model_config.json`, checked to be one of ours and of a format this version reads."""
     path = directory / CONFIG_FILE
     values = read_json(path)
-    if not isinstance(values.get("format_version"), int) or "kind" not in values:
+    version = values.get("format_version")
+    if type(version) is not int or version < 1 or not isinstance(values.get("kind"), str):
         raise ValueError(f"{path} was not written by trl_personal: it has no `format_version` and `kind`.")
-    if values["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {values['format_version']}, this version of trl_personal reads up to "
             f"{FORMAT_VERSION}. Upgrade with `pip install -U trl-personal`."
@@ -375,5 +487,5 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _describe(state: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(state.items()))
+def _describe(header: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
+    return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in sorted(header.items()))

@@ -32,7 +32,8 @@ class IndividualUserModel(UserModel):
         nn.init.zeros_(self.user_offsets.weight)
 
     def forward(self, user_indices: Tensor) -> Tensor:
-        offsets = self.user_offsets(user_indices)
+        has_row = (user_indices != GENERIC_USER_INDEX).unsqueeze(-1)
+        offsets = self.user_offsets(user_indices).where(has_row, 0)
         return self.generic_prompt + offsets.view(-1, self.config.num_virtual_tokens, self.config.token_dim)
 
     @torch.no_grad()

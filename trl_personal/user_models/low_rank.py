@@ -48,7 +48,9 @@ class LowRankUserModel(UserModel):
         nn.init.zeros_(self.user_factors.weight)
 
     def forward(self, user_indices: Tensor) -> Tensor:
-        return self.generic_prompt + torch.einsum("br,rtd->btd", self.user_factors(user_indices), self.shared_basis)
+        has_row = (user_indices != GENERIC_USER_INDEX).unsqueeze(-1)
+        factors = self.user_factors(user_indices).where(has_row, 0)
+        return self.generic_prompt + torch.einsum("br,rtd->btd", factors, self.shared_basis)
 
     @torch.no_grad()
     def initialize(self, draw: Callable[[int], Tensor]) -> None:
