@@ -477,6 +477,16 @@ def test_training_goes_on_and_resumes_from_one_save_only(make_trainer, tmp_path)
         make_trainer(**settings).train(resume_from_checkpoint=True)
 
 
+def test_training_resumes_on_the_base_model_it_began_with(make_trainer, model_dirs, tmp_path):
+    shutil.copytree(model_dirs["gptj"], tmp_path / "base")
+    settings = {"save_strategy": "steps", "save_steps": 2, "trainer_kwargs": {"model": str(tmp_path / "base")}}
+    make_trainer(lora=True, **settings).train()
+    make_trainer(lora=True, **settings).train(resume_from_checkpoint=True)
+    make_model(seed=1).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="of the base model .* is not the file that the adapter .* was trained on"):
+        make_trainer(lora=True, **settings).train(resume_from_checkpoint=True)
+
+
 def test_users_that_the_caller_gathered_are_those_written(tmp_path):
     model = personalize(make_model())
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}

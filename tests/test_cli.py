@@ -764,9 +764,11 @@ def test_info_says_what_the_folder_holds(trained, model_dirs, capsys):
     assert versions["trl_personal"] == trl_personal.__version__
     assert versions["torch"] == version("torch")  # its own __version__ may end in +cu132
     assert found.pop("saved_with").keys() == {"peft"}
+    settings = found.pop("training_settings")
+    assert (settings["user_id_column"], settings["beta"], settings["loss_type"]) == ("user_id", 0.1, ["sigmoid"])
     assert found == {
         "model": str(trained),
-        "format_version": 1,
+        "format_version": 2,
         "kind": "cluster",
         "num_users": 2,
         "num_virtual_tokens": 3,
@@ -777,7 +779,9 @@ def test_info_says_what_the_folder_holds(trained, model_dirs, capsys):
         "language_model": "adapter",
         "base_model": model_dirs["gptj"],
         "language_model_bytes": (trained / "adapter_model.safetensors").stat().st_size,
+        "user_model_matches": True,
         "weights_match": True,
+        "base_model_matches": True,
     }
 
 
@@ -796,7 +800,8 @@ def test_the_table_of_info(trained, capsys):
     rows = {name: value.strip() for name, value in rows.items()}
     assert (rows["kind"], rows["num users"], rows["user model parameters"]) == ("cluster", "2", "396")
     assert rows["user model size"].endswith(" kB")
-    assert rows["weights match"] == "yes"
+    assert {rows[name] for name in ("weights match", "user model matches", "base model matches")} == {"yes"}
+    assert rows["training settings"].endswith("listed by --format json")
     assert f"trl_personal {trl_personal.__version__}, trl 1." in rows["versions"]
 
 
@@ -829,7 +834,41 @@ def test_info_of_a_repository_downloads_no_weights(trained, monkeypatch, tmp_pat
     monkeypatch.setattr("trl_personal.cli.model_folder.snapshot_download", download)
     found = info("me/out", capsys=capsys)
     assert (found["model"], found["num_users"], found["weights_match"]) == ("me/out", 2, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "user_model"]
+    names = ["adapter_config.json", "training_settings.json", "user_model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("file", ["users.json", "user_model.safetensors", "user_model_config.json"])
+def test_info_says_that_a_file_of_the_users_is_not_the_one_that_was_saved(trained, tmp_path, capsys, file):
+    shutil.copytree(trained, tmp_path / "edited")
+    path = tmp_path / "edited/user_model" / file
+    text = path.read_bytes()
+    path.write_bytes(
+        {
+            "users.json": text.replace(b'"ann"', b'"cy"'),
+            "user_model.safetensors": text[:-1] + bytes([text[-1] ^ 1]),
+            "user_model_config.json": text.replace(b'"bos_token_id": 1', b'"bos_token_id": 2'),
+        }[file]
+    )
+    assert path.read_bytes() != text
+    assert main(["info", str(tmp_path / "edited"), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["user_model_matches"] is False
+    assert f"{path} is not the file that was saved" in printed.err
+
+
+def test_info_says_that_the_base_model_is_another(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "moved")
+    path = tmp_path / "moved/adapter_config.json"
+    config = json.loads(path.read_text())
+    shutil.copytree(config["base_model_name_or_path"], tmp_path / "base")
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")}))
+    assert info(tmp_path / "moved", capsys=capsys)["base_model_matches"] is True
+    weights = tmp_path / "base/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert info(tmp_path / "moved", capsys=capsys)["base_model_matches"] is False
+    shutil.rmtree(tmp_path / "base")
+    assert info(tmp_path / "moved", capsys=capsys)["base_model_matches"] is None
 
 
 def test_a_user_model_that_is_cut_off_is_one_line(trained, tmp_path, capsys):

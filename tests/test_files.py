@@ -1,5 +1,6 @@
 """A kill or a full disk leaves old files or new ones, and a mixture of two saves is refused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ import pytest
 import torch
 from conftest import make_model
 from test_soft_prompt import ANN, IDS, personalize
+from transformers import AutoModelForCausalLM
 
-from trl_personal import AutoPersonalizedModelForCausalLM, UserVocab, files
+from trl_personal import AutoPersonalizedModelForCausalLM, UserModel, UserVocab, attach_user_model, files
 
 
 @pytest.fixture
@@ -103,3 +105,69 @@ def test_a_save_removes_what_a_kill_has_left_and_nothing_of_one_that_still_write
     with files.staged_folder(tmp_path, last="z"):
         assert not left.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_user_model_is_replaced_by_attaching_it_and_saving_all(two_saves, tmp_path):
+    """The documented way to combine parts of two saves on purpose; a copy of the files is refused."""
+    two_saves["old"].save_pretrained(tmp_path / "old")
+    two_saves["new"].save_pretrained(tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    users = tmp_path / "new/user_model"
+    attach_user_model(model, UserModel.from_pretrained(users), UserVocab.from_pretrained(users))
+    model.save_pretrained(tmp_path / "combined")
+    loaded = AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path / "combined")
+    assert torch.equal(loaded(IDS).logits, two_saves["old"](IDS).logits)
+    assert torch.equal(loaded.user_model(ANN), two_saves["new"].user_model(ANN))
+    shutil.copytree(users, tmp_path / "old/user_model", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="parts of two saves.*on purpose, use `attach_user_model`"):
+        AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path / "old")
+
+
+@pytest.mark.parametrize("alone", ["user_model", "user_vocab"])
+def test_a_part_that_is_saved_alone_into_a_model_is_refused(two_saves, tmp_path, alone):
+    two_saves["old"].save_pretrained(tmp_path)
+    if alone == "user_model":
+        two_saves["new"].user_model.save_pretrained(tmp_path / "user_model")
+        UserModel.from_pretrained(tmp_path / "user_model")  # by itself it is whole
+    else:
+        UserVocab(["bo", "ann"]).save_pretrained(tmp_path / "user_model")
+    with pytest.raises(ValueError, match="`attach_user_model`"):
+        AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_user_model_alone_is_the_one_that_was_saved(two_saves, tmp_path):
+    old, new = (two_saves[name].user_model for name in ("old", "new"))
+    old.save_pretrained(tmp_path / "old")
+    new.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "old/user_model.safetensors", tmp_path / "new")
+    with pytest.raises(ValueError, match="user_model.safetensors is not the file that was saved"):
+        UserModel.from_pretrained(tmp_path / "new")
+
+
+def test_a_generic_row_that_is_never_read_is_not_saved(two_saves, tmp_path):
+    model = two_saves["old"]
+    model.user_model.user_offsets.weight.data[0] = 7
+    everyone = torch.arange(3)
+    assert torch.equal(model.user_model(everyone)[0], model.user_model.generic_prompt)
+    model.save_pretrained(tmp_path)
+    loaded = AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.user_model(everyone), model.user_model(everyone))
+    assert not loaded.user_model.user_offsets.weight[0].any()
+
+
+def test_what_may_change_in_a_config_is_not_part_of_its_fingerprint(two_saves, tmp_path):
+    two_saves["old"].save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token_id": 5, "transformers_version": "6.0.0"}))
+    assert AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path).config.eos_token_id == 5
+    path.write_text(json.dumps(config | {"rotary_dim": 2}))
+    with pytest.raises(ValueError, match=r"config\.json is not the file that the user model"):
+        AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_json_has_no_such_number(tmp_path, number):
+    (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(ValueError, match=f"a.json cannot be read \\({number} is no number in JSON"):
+        files.read_json(tmp_path / "a.json")

@@ -27,6 +27,7 @@ from ..models.loading import find_user_model, load_user_model
 from ..models.saving import USER_MODEL_FOLDER
 from ..terminal import json_line, printable
 from ..training.settings import SETTINGS_FILE, check_settings_file
+from ..user_models import USER_MODELS
 from ..user_models.base import FILES_ENTRY, WEIGHTS_FILE, read_header, read_user_model_config
 from .arguments import PROG
 from .model_folder import folder_without_weights
@@ -71,7 +72,7 @@ def describe(folder: Path) -> dict[str, Any]:
         ),
         "user_model_bytes": _num_bytes(user_folder, {path.name for path in user_folder.iterdir()}),
         **_describe_language_model(folder),
-        "user_model_matches": is_right(load_user_model, user_folder),
+        "user_model_matches": is_right(load_user_model, user_folder) if config["kind"] in USER_MODELS else None,
         "weights_match": is_right(check_fingerprints, folder, config) if weight_files(folder) else None,
         "base_model_matches": base_model_matches(folder, config),
         "training_settings": check_settings_file(path) if (path := folder / SETTINGS_FILE).is_file() else None,
@@ -134,6 +135,8 @@ def _as_text(name: str, value: Any) -> str:
         return decimal(value)
     if isinstance(value, bool):
         return "yes" if value else "no: the folder holds parts of two saves, or files that were edited"
+    if name == "training_settings":
+        return f"{len(value)}, listed by --format json"
     if isinstance(value, dict):
         return ", ".join(f"{key} {entry}" for key, entry in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -65,16 +65,9 @@ def base_model_files(name: str, revision: str | None = None) -> dict[str, str]:
     """Fingerprints of the weights of an adapter's base model; empty if they are in no local folder and not in the cache."""
     folder = Path(name)
     if not folder.is_dir():
-        config = cached_file(
-            name,
-            "config.json",
-            revision=revision,
-            local_files_only=True,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if config is None:
+        try:
+            config = cached_file(name, LM_CONFIG, revision=revision, local_files_only=True)
+        except OSError:  # not in the cache, or a folder that is gone
             return {}
         folder = Path(config).parent
     paths = sorted(path for pattern in BASE_WEIGHTS for path in folder.glob(pattern) if path.is_file())

@@ -1,5 +1,6 @@
 """Loads a language model together with its user model."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from .folder_checks import (
 )
 from .saving import USER_MODEL_FOLDER, embedding_size, get_base_model
 
+
+logger = logging.getLogger(__name__)
 
 HUB_PULL_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 REFUSED_ARGUMENTS = {  # of transformers' `from_pretrained`, with what to do instead
@@ -255,20 +258,32 @@ def _resize_as_saved(base: PreTrainedModel, folder: Path) -> None:
     Give the base model as many tokens as it had when the adapter was trained: tokens may have been added, and PEFT saves
     the embeddings then. (`AutoPeftModelForCausalLM` goes by the tokenizer, which may well have more tokens than the model.)
     """
-    embedding = base.get_input_embeddings()
-    name = next(name for name, module in base.named_modules() if module is embedding)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    names = {module: name for name, module in base.named_modules()}
     rows = {
         shape[1] if key.endswith("lora_embedding_A") else shape[0]
-        for key, (shape, _) in read_header(folder / ADAPTER_WEIGHTS).items()
-        if f".{name}." in key and key.endswith((".weight", "lora_embedding_A")) and len(shape) == 2
+        for key, (shape, _) in header.items()
+        if f".{names[embedding]}." in key and key.endswith((".weight", "lora_embedding_A")) and len(shape) == 2
     }
     if len(rows) == 1 and rows != {embedding_size(embedding)[0]}:
         base.resize_token_embeddings(rows.pop(), mean_resizing=False)  # the rows come with the adapter
+        is_tied = head is None or head.weight is embedding.weight
+        if not is_tied and not any(f".{names[head]}." in key for key in header):
+            logger.warning(
+                "%s has embeddings of added tokens, but not their rows of `%s`, which PEFT does not save with an adapter on "
+                "the embeddings: the logits of added tokens are random. Train with `modules_to_save=['%s']`.",
+                folder / ADAPTER_WEIGHTS,
+                names[head],
+                names[head],
+            )
 
 
 def _load_by_architecture(name: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The class that the config names, as TRL does: the automatic one for language models knows none that see images."""
     _, architecture = _config_and_architecture(name, kwargs)
+    if architecture is not AutoModelForCausalLM:
+        kwargs.pop("code_revision", None)  # of code that a repository brings; this class is transformers'
     return architecture.from_pretrained(name, **{**kwargs, "output_loading_info": True})
 
 
