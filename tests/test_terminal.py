@@ -75,7 +75,22 @@ def test_generated_answers_of_hostile_users(hostile, tmp_path, capsys, form):
 
 def test_unknown_users_are_counted_and_not_printed(hostile, capsys, caplog):
     with caplog.at_level(logging.INFO):
-        assert main(["generate", "--model", str(hostile), "--users", "somebody\x1b[2J,else", "--prompt", "a"]) == 0
+        assert (
+            main(
+                [
+                    "generate",
+                    "--model",
+                    str(hostile),
+                    "--users",
+                    "somebody\x1b[2J,else",
+                    "--prompt",
+                    "a",
+                    "--max_new_tokens",
+                    "3",
+                ]
+            )
+            == 0
+        )
     err = capsys.readouterr().err
     assert "2 of 2 users are unknown to the model" in err
     assert "somebody" not in err + caplog.text
