@@ -69,7 +69,7 @@ def base_model_files(name: str, revision: str | None = None) -> dict[str, str]:
             config = cached_file(name, LM_CONFIG, revision=revision, local_files_only=True)
         except OSError:  # not in the cache, or a folder that is gone
             return {}
-        folder = Path(config).parent
+        folder = Path(str(config)).parent
     paths = sorted(path for pattern in BASE_WEIGHTS for path in folder.glob(pattern) if path.is_file())
     return {path.name: fingerprint_once(path) for path in paths}
 
