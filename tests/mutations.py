@@ -1107,8 +1107,8 @@ MUTATIONS = [
     Mutation(
         "a user model without fingerprints is loaded",
         "user_models/base.py",
-        "    if listed is None:\n        raise ValueError(",
-        "    if listed is None:\n        return {}\n        raise ValueError(",
+        'if FILES_ENTRY not in config and config["format_version"] == 1:',
+        "if FILES_ENTRY not in config:",
         ("damaged",),
     ),
     Mutation(
