@@ -951,8 +951,8 @@ MUTATIONS = [
     Mutation(
         "an optimizer of the caller goes without users",
         "training/optimizer.py",
-        "    optimizer.add_param_group(group)\n\n\ndef",
-        "\n\ndef",
+        "        )\n    optimizer.add_param_group(group)\n",
+        "        )\n",
         ("bad_input",),
     ),
     Mutation(
