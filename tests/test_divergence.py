@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from trl_personal import AutoPersonalizedModelForCausalLM
+from trl_personal import AutoPersonalizedModelForCausalLM, UserModel, UserModelConfig
 from trl_personal.training.divergence import describe_nonfinite
 
 
@@ -120,3 +120,20 @@ def test_frozen_users_do_not_count_in_the_gradient_norm(make_trainer):
     free = make_trainer(user_learning_rate=1e-9, max_steps=1)
     free.train()
     assert free.state.log_history[0]["grad_norm"] > norms[0][0]
+
+
+def test_a_user_model_whose_rows_are_in_no_table_is_told_too():
+    class Bare(UserModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.rows = torch.nn.Parameter(
+                torch.zeros(config.num_users + 1, config.num_virtual_tokens, config.token_dim)
+            )
+
+        def forward(self, user_indices):
+            return self.rows[user_indices]
+
+    user_model = Bare(UserModelConfig(num_users=2, num_virtual_tokens=1, token_dim=2))
+    assert describe_nonfinite(user_model) is None
+    user_model.rows.data[1] = torch.nan
+    assert describe_nonfinite(user_model) == "1 of 1 trained tensors (rows the first)"

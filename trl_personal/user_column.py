@@ -65,12 +65,12 @@ def with_user_names(dataset: AnyDataset, column: str) -> AnyDataset:
     """
     The dataset with the names of its users in place of numbers, if `column` is a `ClassLabel`, else the dataset itself.
     """
-    if _class_label(dataset, column) is None:
+    label = _class_label(dataset, column)
+    if label is None:
         return dataset
     if isinstance(dataset, Dataset):
         user_ids = list(iterate_user_ids(dataset, column, "given"))
         return dataset.remove_columns(column).add_column(column, user_ids, feature=Value("string"))
-    label = _class_label(dataset, column)
     features = Features({**(dataset.features or {}), column: Value("string")})
     return dataset.map(lambda row: {column: _name_of(row[column], label)}, features=features)
 

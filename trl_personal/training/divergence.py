@@ -34,7 +34,7 @@ class DivergenceCallback(TrainerCallback):
         Take note of the loss of a batch in `step`, before its gradients carry what is not finite into all weights.
 
         Raises:
-            `FloatingPointError`: if neither the loss nor a weight is finite.
+            `FloatingPointError`: if the loss is not finite, and some weight is not either.
         """
         if torch.isfinite(loss).all():
             return
@@ -100,9 +100,17 @@ def describe_nonfinite(model: nn.Module) -> str | None:
     if not bad:
         return None
     text = f"{len(bad)} of {len(named)} trained tensors ({bad[0]} the first)"
-    tables = [table for part in model.modules() if isinstance(part, UserModel) for table in part.row_tables().values()]
-    num_rows = sum(int((~_is_finite(table.weight).all(dim=1)).sum()) for table in tables)
+    num_rows = sum(_count_bad_rows(part) for part in model.modules() if isinstance(part, UserModel))
     return f"{text}, with {num_rows} rows of users," if num_rows else text
+
+
+def _count_bad_rows(user_model: UserModel) -> int:
+    try:
+        tables = user_model.row_tables()
+    except ValueError:  # a kind of one's own whose rows are in no table
+        return 0
+    rows = [_is_finite(table.weight) for table in tables.values()]
+    return sum(int((~finite.all(dim=1)).sum()) for finite in rows if finite.ndim == 2)  # ZeRO-3 leaves flat pieces
 
 
 def _is_finite(parameter: Tensor) -> Tensor:

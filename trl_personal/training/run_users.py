@@ -222,7 +222,7 @@ def with_names_of_users(datasets: Any, column: str) -> Any:
     return with_user_names(datasets, column) if isinstance(datasets, (Dataset, IterableDataset)) else datasets
 
 
-def check_user_ids(args: PersonalizationConfig, dataset: object, name: str) -> None:
+def check_ids_of_rows(args: PersonalizationConfig, dataset: object, name: str) -> None:
     """Read each user id of a dataset once, so that a bad one raises now; a stream is not read."""
     if isinstance(dataset, Dataset):
         for _ in iterate_user_ids(dataset, args.user_id_column, name):

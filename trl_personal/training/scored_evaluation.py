@@ -13,7 +13,7 @@ from ..user_models import UserModel
 from ..users import UserVocab
 from .config import PersonalizationConfig
 from .precision import kept_weights
-from .run_users import EvalDatasets, check_user_ids, with_names_of_users
+from .run_users import EvalDatasets, check_ids_of_rows, with_names_of_users
 from .user_metrics import MarginRecorder, metrics_under, scored_outputs, swapped_user_indices
 
 
@@ -58,7 +58,7 @@ class ScoredEvaluationMixin(Trainer):
     def _check_eval_datasets(self, args: PersonalizationConfig, eval_dataset: EvalDatasets | None) -> None:
         for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}).items():
             self._check_dataset(args, dataset, name)
-            check_user_ids(args, dataset, name)
+            check_ids_of_rows(args, dataset, name)
 
     def _record(self, model: nn.Module, batch: dict[str, Any], margins: dict[str, Tensor]) -> None:
         """Evaluation: how pairs come out with each scorer, those of other users among them."""
