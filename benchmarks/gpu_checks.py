@@ -32,6 +32,7 @@ from trl_personal import (
     UserVocab,
     attach_user_model,
 )
+from trl_personal.training.attention_kernels import cudnn_gradient_fails, sound_attention
 
 
 CUDA = torch.cuda.is_available()
@@ -127,6 +128,13 @@ def losses_on_cpu(folder):
     print(json.dumps(run(folder, make_rows(small=True), Path(folder) / "cpu", **settings)["losses"]))
 
 
+def attention():
+    """Whether cuDNN's attention has NaN gradients here, and whether training steps are kept from it."""
+    fails = cudnn_gradient_fails(torch.device("cuda", 0) if CUDA else torch.device("cpu"))
+    with sound_attention(torch.device("cuda", 0) if CUDA else torch.device("cpu")):
+        return {"cudnn_gradient_fails": fails, "cudnn_in_training": torch.backends.cuda.cudnn_sdp_enabled()}
+
+
 def fsdp2(root, model):
     """Full tuning through `accelerate launch` with the project's FSDP2 configuration, one process."""
     config = str(ROOT / "examples/accelerate/fsdp2.yaml")
@@ -199,6 +207,7 @@ def main():
         qlora = {"quantization_config": quantization}
         optim = "paged_adamw_8bit" if CUDA else "adamw_torch"
         checks = {
+            "attention": attention,
             "kernels": lambda: kernels(root),
             "generation": lambda: generation(root),
             "bf16_lora_trl": lambda: run(model, rows, root / "a", personalized=False),

@@ -16,6 +16,7 @@ from ..models.saving import get_base_model
 from ..user_column import AnyDataset
 from ..user_models import UserModel
 from ..users import GENERIC_USER_INDEX, UserVocab
+from .attention_kernels import sound_attention
 from .checkpoints import CheckpointsMixin
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizationConfig
@@ -201,10 +202,11 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers, with a backward pass for each term of the loss: only one has its activations in memory."""
-        if self.user_model is None or not self._may_take_several_backward_passes():
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        else:
-            loss = self._step_of_terms(model, inputs, *args, **kwargs)
+        with sound_attention(self.accelerator.device):
+            if self.user_model is None or not self._may_take_several_backward_passes():
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            else:
+                loss = self._step_of_terms(model, inputs, *args, **kwargs)
         self.divergence.see_loss(loss, model, self.state.global_step + 1)
         return loss
 
