@@ -193,7 +193,7 @@ def main():
     if options.trained_by_fsdp2:
         model, out = options.trained_by_fsdp2
         return print(
-            json.dumps(run(model, make_rows(small), Path(out), lora=False, save_strategy="steps", save_steps=4))
+            json.dumps(run(model, make_rows(small), Path(out), lora=False))
         )
     results = {
         "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch", "bitsandbytes")},

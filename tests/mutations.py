@@ -32,7 +32,7 @@ from rich.table import Table
 
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("trl_personal", "tests", "examples", "docs", "pyproject.toml", "setup.cfg", "README.md", "CHANGELOG.md", "benchmarks")
+COPIED = ("trl_personal", "tests", "examples", "docs", "benchmarks", "pyproject.toml", "setup.cfg", "README.md")
 TIMEOUT = 600  # seconds; a mutation that hangs the tests is killed
 
 

@@ -17,15 +17,27 @@ def fails(request, monkeypatch):
 
 
 def enabled():
-    return cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    return (
+        cuda.cudnn_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
 
 
 def test_a_broken_kernel_is_off_inside_and_back_afterwards(fails):
     before = enabled()
     assert before == (True, True, True, True)
-    with pytest.raises(KeyError), sound_attention(torch.device("cuda")):
-        assert enabled() == (not fails, True, True, True)
-        raise KeyError
+    seen = []
+
+    def step():
+        with sound_attention(torch.device("cuda")):
+            seen.append(enabled())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        step()
+    assert seen == [(not fails, True, True, True)]
     assert enabled() == before
 
 

@@ -27,8 +27,8 @@ SCORE = -120.0  # of every query and key: exp(120) is infinite in float32
 @contextmanager
 def sound_attention(device: torch.device) -> Iterator[None]:
     """
-    Inside, `scaled_dot_product_attention` does without cuDNN where [`cudnn_gradient_fails`]; whatever else the caller allows is
-    left as it is. The forward pass chooses the kernel of the backward pass, so both have to be inside.
+    Inside, `scaled_dot_product_attention` does without cuDNN where [`cudnn_gradient_fails`]; whatever else the caller allows
+    is left as it is. The forward pass chooses the kernel of the backward pass, so both have to be inside.
 
     Args:
         device (`torch.device`): Where the model is computed.
@@ -53,8 +53,8 @@ def sound_attention(device: torch.device) -> Iterator[None]:
 def cudnn_gradient_fails(device: torch.device) -> bool:
     """
     Whether cuDNN's attention with a mask has gradients that are not finite although all that goes in is: tried once a process
-    on the device itself. (Seen with torch 2.11 on an H100, https://github.com/pytorch/pytorch/issues/196678, where cuDNN is the
-    first choice in bfloat16: a DPO run ends in NaN weights. https://github.com/huggingface/trl/issues/7181)
+    on the device itself. Seen with torch 2.11 on an H100, where cuDNN is the first choice in bfloat16; a DPO run ends in NaN
+    weights (https://github.com/pytorch/pytorch/issues/196678, https://github.com/huggingface/trl/issues/7181).
 
     ```python
     >>> cudnn_gradient_fails(torch.device("cpu"))
@@ -79,12 +79,12 @@ def _gradients_are_finite(device: torch.device, num_queries: int) -> bool:
         for length in (num_queries, NUM_KEYS, NUM_KEYS)
     )
     query[..., 0], key[..., 0], value[..., 0] = 1.0, SCORE * HEAD_WIDTH**0.5, 1.0
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
     mask = torch.ones(1, 1, num_queries, NUM_KEYS, device=device, dtype=torch.bool)
     autocast = torch.autocast(device.type, enabled=False)
     try:
         with torch.enable_grad(), autocast, sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            output = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             gradients = torch.autograd.grad(output, inputs, torch.ones_like(output))
     except RuntimeError:  # no kernel: cuDNN is not chosen either
         return True
