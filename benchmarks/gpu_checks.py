@@ -192,9 +192,7 @@ def main():
         return losses_on_cpu(options.losses_on_cpu)
     if options.trained_by_fsdp2:
         model, out = options.trained_by_fsdp2
-        return print(
-            json.dumps(run(model, make_rows(small), Path(out), lora=False))
-        )
+        return print(json.dumps(run(model, make_rows(small), Path(out), lora=False)))
     results = {
         "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch", "bitsandbytes")},
         "device": torch.cuda.get_device_name() if CUDA else "cpu",

@@ -55,6 +55,10 @@ class ClusterUserModel(UserModel):
     def initialize(self, draw: Callable[[int], Tensor]) -> None:
         self.cluster_prompts.copy_(draw(self.cluster_prompts.shape[0]))
 
+    def units(self, embedding_std: float) -> dict[str, float]:
+        """As for any kind, and one for the logits, at which a softmax changes."""
+        return super().units(embedding_std) | {"user_logits.weight": 1.0}
+
     @torch.no_grad()
     def resize(self, num_users: int) -> Self:
         resized = super().resize(num_users)
