@@ -278,3 +278,17 @@ def test_a_rate_that_is_given_is_that_of_all_weights(make_trainer):
     trainer = make_trainer("llama", user_model_kind="low_rank", user_learning_rate=0.5)
     (group,) = [group for group in trainer.create_optimizer().param_groups if group["lr"] == 0.5]
     assert len(group["params"]) == len(list(trainer.user_model.parameters())) == 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "word"), [(1e-9, "hardly moved"), (0.0, None), (None, None)], ids=["tiny", "frozen", "default"]
+)
+def test_a_run_says_when_users_hardly_moved(make_trainer, caplog, rate, word):
+    trainer = make_trainer("llama", user_learning_rate=rate, max_steps=6)
+    with caplog.at_level("INFO", "trl_personal"):
+        trainer.train()
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING" and "soft prompts" in r.message]
+    assert [word in text for text in warnings] == ([True] if word else [])
+    said = [r.message for r in caplog.records if "standard deviations of the token embeddings from" in r.message]
+    assert len(said) == (0 if rate == 0 else 1)
+    assert not any("ann" in text or "bo" in text.split() for text in said)

@@ -21,6 +21,7 @@ from .checkpoints import CheckpointsMixin
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizationConfig
 from .divergence import DivergenceCallback
+from .movement import MovementCallback
 from .optimizer import DEFAULT_STEP, add_user_groups, measure_embedding_std, move_to_user_groups, user_groups
 from .run_users import (
     EvalDatasets,
@@ -70,6 +71,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
     scored_output: ClassVar[str]
 
     model: PreTrainedModel | PeftModel
+    embedding_std: float  # of the language model's token embeddings; with users only
     _name: str
 
     def __init__(
@@ -155,7 +157,8 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
         self.user_model, self.user_vocab = user_model, user_vocab
-        self._embedding_std = measure_embedding_std(self.model, tokenizer)
+        self.embedding_std = measure_embedding_std(self.model, tokenizer)
+        self.add_callback(MovementCallback(user_model, self.embedding_std))
         base = get_base_model(self.model)
         if base.can_generate() and (reason := reason_not_to_write(base)) is not None:
             logger.warning("%s.", reason[0].upper() + reason[1:])
@@ -185,7 +188,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         return optimizer
 
     def _user_groups(self, user_model: UserModel) -> list[dict[str, Any]]:
-        return user_groups(user_model, self.args.user_learning_rate, self._embedding_std)
+        return user_groups(user_model, self.args.user_learning_rate, self.embedding_std)
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
