@@ -9,7 +9,6 @@ deviations of the token embeddings.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -112,6 +111,7 @@ def main(argv=None):
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-6, 1e-5, 1e-4])
     parser.add_argument("--tunings", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--user_learning_rate", type=float, help="instead of the default")
+    parser.add_argument("--soft_prompt_init_text", metavar="TEXT", help="start from a text")
     parser.add_argument("--pairs", type=int, default=100, help="pairs of each user")
     parser.add_argument("--sft_steps", type=int, default=500)
     parser.add_argument("--output", default="benchmarks/results/defaults", help="path of the results, without ending")
@@ -120,6 +120,8 @@ def main(argv=None):
     settings = {}
     if arguments.user_learning_rate is not None:
         settings["user_learning_rate"] = arguments.user_learning_rate
+    if arguments.soft_prompt_init_text is not None:
+        settings |= {"soft_prompt_init": "text", "soft_prompt_init_text": arguments.soft_prompt_init_text}
     combinations = [
         (family, seed, kind, tuning, rate)
         for seed in arguments.seeds
@@ -129,7 +131,7 @@ def main(argv=None):
         for rate in arguments.rates
     ]
     rows, models = [], {}
-    root = Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / "trl_personal_defaults"
+    root, run = Path(tempfile.gettempdir()) / "trl_personal_defaults", tempfile.mkdtemp()
     for family, seed, kind, tuning, rate in track(combinations, description="runs"):
         set_seed(seed)
         dataset = make_style_preferences(train_prompts=arguments.pairs, seed=seed)
@@ -143,7 +145,7 @@ def main(argv=None):
                 if (known / "model.safetensors").is_file()
                 else warm_up(family, with_styles, str(folder), seed, arguments.sft_steps)
             )
-        found = train(models[family, seed], dataset, str(root / "run"), kind, rate, tuning == "lora", seed, **settings)
+        found = train(models[family, seed], dataset, run, kind, rate, tuning == "lora", seed, **settings)
         rows.append({"family": family, "tuning": tuning, "kind": kind, "rate": rate, "seed": seed, **found})
         cells = [{k: f"{v:.3f}" if k in found else str(v) for k, v in row.items()} for row in rows]
         if len(rows) == len(combinations) or len(rows) % 6 == 0:

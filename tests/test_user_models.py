@@ -307,3 +307,15 @@ def test_movement_of_many_users_is_that_of_a_thousand_of_them():
     expected = user_model.shared_basis[0].pow(2).mean().sqrt().item()
     assert measure_movement(user_model, 1.0).moved == pytest.approx(expected, abs=1e-5)
     assert measure_movement(make("cluster", num_users=0), 1.0) is None
+
+
+def test_clusters_from_one_text_are_apart_and_near_it():
+    """Equal clusters would get equal gradients, and every user would stay the generic one."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(50, 64)
+    user_model = make("cluster", num_virtual_tokens=10, token_dim=64, num_clusters=3)
+    user_model.initialize(soft_prompt_drawer(embedding, 50, 10, "text", text_ids=[4, 1, 7]))
+    text = embedding(torch.tensor([4, 1, 7] * 4)[:10])
+    offsets = user_model.cluster_prompts - text
+    assert offsets.std().item() == pytest.approx(0.1 * text.std().item(), rel=0.1)
+    assert (offsets[0] - offsets[1]).abs().max() > 0
