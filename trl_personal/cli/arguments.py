@@ -40,7 +40,7 @@ class CommandParser(ArgumentParser):
 
 @dataclass
 class ColumnArguments:
-    """Which column of the data holds what, for all commands that read preferences; the loaders' arguments under other names."""
+    """Which column of the data holds what, for all commands that read preferences: the loaders' arguments."""
 
     prompt_column: str = field(
         default="prompt", metadata={"help": "Column with the prompt; without one, both answers may begin with it."}
@@ -56,14 +56,20 @@ class ColumnArguments:
     )
     choice_column: str | None = field(
         default=None,
-        metadata={"help": "Column that says which of --response_columns is best: its number from 0, or its column's name."},
+        metadata={
+            "help": "Column that says which of --response_columns is best: its number from 0, or its column's name."
+        },
     )
     choice_values: list[str] | None = field(
         default=None,
-        metadata={"help": "What other values of --choice_column mean, such as A=0 B=1 draw=tie.", "metavar": "VALUE=N"},
+        metadata={
+            "help": "What other values of --choice_column mean, such as A=0 B=1 draw=tie.",
+            "metavar": "VALUE=N",
+        },
     )
     rating_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns (or one with a list) with the rating of each answer; higher is better."}
+        default=None,
+        metadata={"help": "Columns (or one with a list) with the rating of each answer; higher is better."},
     )
     ranking_columns: list[str] | None = field(
         default=None, metadata={"help": "Columns (or one with a list) with the rank of each answer; 1 is best."}
@@ -82,10 +88,12 @@ class ColumnArguments:
         return cls(**{setting.name: getattr(arguments, setting.name) for setting in fields(cls)})
 
 
-def _add_column_options(parser: ArgumentParser) -> None:
+def _add_column_options(parser: ArgumentParser, default_user_column: str) -> None:
     group = parser.add_argument_group("columns of the data")
     group.add_argument(
-        "--user_id_column", metavar="NAME", help="column with the user of each row; default: user_id, or that of the training"
+        "--user_id_column",
+        metavar="NAME",
+        help=f"column with the user of each row; default: {default_user_column}",
     )
     for setting in fields(ColumnArguments):
         options = {"metavar": "NAME", **setting.metadata}
@@ -94,8 +102,10 @@ def _add_column_options(parser: ArgumentParser) -> None:
         if "list" in str(setting.type):
             options["nargs"] = "+"
         text = options.pop("help")
-        default = "" if setting.default is None else f" default: {setting.default}"
-        group.add_argument(f"--{setting.name}", default=setting.default, help=f"{text[0].lower()}{text[1:]}{default}", **options)
+        default = "" if setting.default is None else f"; default: {setting.default}"
+        group.add_argument(
+            f"--{setting.name}", default=setting.default, help=f"{text[0].lower()}{text[1:].rstrip('.')}{default}", **options
+        )
 
 
 def make_main_parser() -> ArgumentParser:
@@ -140,7 +150,7 @@ def make_audit_parser() -> ArgumentParser:
     )
     parser.add_argument("dataset", help="a file, a folder of files or of `save_to_disk`, or a name on the hub")
     parser.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
-    _add_column_options(parser)
+    _add_column_options(parser, "user_id")
     parser.add_argument(
         "--split_column", metavar="NAME", help="column with the split of each row, if one file has several"
     )
@@ -191,7 +201,7 @@ def make_eval_parser() -> ArgumentParser:
         metavar="NAME",
         help="column with the preference of each user: pairs are scored with the prompt of an opposite user too",
     )
-    _add_column_options(parser)
+    _add_column_options(parser, "that of the training")
     _add_baseline_options(parser)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
@@ -207,7 +217,12 @@ def make_eval_parser() -> ArgumentParser:
     parser.add_argument(
         "--batch_size", type=_positive, default=8, metavar="N", help="pairs scored at a time; default: 8"
     )
-    parser.add_argument("--beta", type=_number(0, math.inf, open_below=True), metavar="B", help="beta of DPO; default: that of the training")
+    parser.add_argument(
+        "--beta",
+        type=_above_zero,
+        metavar="B",
+        help="beta of DPO; default: that of the training",
+    )
     parser.add_argument(
         "--max_length", type=_positive, metavar="N", help="tokens of a row at most; default: as in the training"
     )
@@ -216,7 +231,9 @@ def make_eval_parser() -> ArgumentParser:
     )
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed for sampled answers; default: 0")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="random seed for sampled answers; default: 0"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -278,16 +295,20 @@ def _add_generation_options(parser: ArgumentParser) -> None:
         "--max_new_tokens", type=_positive, default=128, metavar="N", help="tokens of an answer at most; default: 128"
     )
     group.add_argument("--do_sample", action="store_true", help="sample tokens; implied by --temperature and --top_p")
-    group.add_argument("--temperature", type=_number(0, math.inf), metavar="T", help="0 takes the likeliest token, without sampling")
+    group.add_argument(
+        "--temperature", type=_from_zero, metavar="T", help="0 takes the likeliest token, without sampling"
+    )
     group.add_argument(
         "--top_p",
-        type=_number(0, 1, open_below=True),
-        metavar="P", help="sample from the likeliest tokens, of probability P together"
+        type=_share,
+        metavar="P",
+        help="sample from the likeliest tokens, of probability P together",
     )
     group.add_argument(
         "--repetition_penalty",
-        type=_number(0, math.inf, open_below=True),
-        metavar="R", help="above 1, tokens that occurred before are less likely"
+        type=_above_zero,
+        metavar="R",
+        help="above 1, tokens that occurred before are less likely",
     )
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed for sampling; default: 0")
     group.add_argument(
@@ -335,18 +356,23 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _number(lowest: float, highest: float, open_below: bool = False) -> Callable[[str], float]:
-    """The type of an option that is a finite number between two others; the lowest may be left out."""
-    above = f"above {lowest}" if open_below else f"at least {lowest}"
-    allowed = above if math.isinf(highest) else f"{above} and at most {highest}"
+def _from_zero(text: str) -> float:
+    return _number(text, "at least 0", lambda number: number >= 0)
 
-    def convert(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number) or not lowest <= number <= highest or (open_below and number == lowest):
-            raise ArgumentTypeError(f"must be a number {allowed}, got {text!r}")
-        return number
 
-    return convert
+def _above_zero(text: str) -> float:
+    return _number(text, "above 0", lambda number: number > 0)
+
+
+def _share(text: str) -> float:
+    return _number(text, "above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
+def _number(text: str, allowed: str, is_allowed: Callable[[float], bool]) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or not is_allowed(number):
+        raise ArgumentTypeError(f"must be a number {allowed}, got {text!r}")
+    return number

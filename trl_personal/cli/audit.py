@@ -9,15 +9,24 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from ..audit import audit_preferences
 from ..audit.table import audit_table
 from ..terminal import json_line
+from .arguments import ColumnArguments
 from .preferences import load_preferences
 
 
 def run_audit(arguments: Namespace) -> None:
     """Write the audit of `arguments.dataset` to the standard output, and to the folder `arguments.output` if there is one."""
     script_args = ScriptArguments(dataset_name=arguments.dataset, dataset_config=arguments.dataset_config)
+    user_id_column = arguments.user_id_column or "user_id"
+    splits = load_preferences(
+        script_args,
+        DatasetMixtureConfig(),
+        ColumnArguments.of(arguments),
+        user_id_column=user_id_column,
+        extra_columns=[arguments.split_column],
+    )
     audit = audit_preferences(
-        load_preferences(script_args, DatasetMixtureConfig()),
-        arguments.user_id_column,
+        {split: rows for split, rows in splits.items() if len(rows)},  # type: ignore[arg-type]
+        user_id_column,
         split_column=arguments.split_column,
         min_pairs=arguments.min_pairs,
         seed=arguments.seed,

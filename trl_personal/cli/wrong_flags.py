@@ -30,7 +30,9 @@ def unknown_arguments(unknown: Sequence[str], known: Iterable[str]) -> str:
     ```
     """
     flag = next((part for part in unknown if part.startswith("-")), "").split("=", 1)[0]
-    close = get_close_matches(flag.replace("-", "_"), {name.replace("-", "_"): None for name in known}, n=1, cutoff=0.7)
+    close = get_close_matches(
+        flag.replace("-", "_"), {name.replace("-", "_"): None for name in known}, n=1, cutoff=0.7
+    )
     nearest = f". Did you mean {close[0].replace('__', '--', 1)}?" if close else ""
     return f"unrecognized arguments: {' '.join(unknown)}{nearest}"
 
@@ -51,7 +53,7 @@ def find_wrong_flag(argv: Sequence[str]) -> str | None:
 
 @cache
 def flags_of_dpo() -> frozenset[str]:
-    """The flags of `dpo` and of `accelerate launch`, and perhaps some more: every name that the declaring files give a field."""
+    """The flags of `dpo` and of `accelerate launch`, and perhaps some more: all fields in the files that declare them."""
     found = {f"--{name}" for name in OTHER_FLAGS}
     for package, files in DECLARED_IN.items():
         spec = find_spec(package)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,7 +23,7 @@ from .columns import (
 from .messages import prompt_features
 from .pairs import OnReport, make_splits, make_streams
 from .rows import Row, SkippedRow
-from .source import RowSource, Source, TableSource, open_source, peek
+from .source import RowSource, Source, TableSource, columns_of, open_source, peek
 from .splits import TEST, TRAIN, SourceSplits, SplitRule, choose_split_rule
 from .tables import keep_rows_that_teach
 
@@ -146,6 +147,7 @@ def read_splits(
     name: str,
     ties: str = "skip",
     streaming: bool = False,
+    also: Sequence[str] = (),
     on_report: OnReport | None = None,
 ) -> Splits:
     """
@@ -158,6 +160,7 @@ def read_splits(
         name (`str`): Name of the source, for the report.
         ties (`str`): What to make of two equally good responses.
         streaming (`bool`): Whether to read the rows while they are iterated.
+        also (`Sequence[str]`): Columns to keep if they are there.
         on_report (`Callable`, *optional*): Function that is called with each [`LoadReport`].
 
     Raises:
@@ -168,6 +171,12 @@ def read_splits(
     if are_pairs and not streaming and all(isinstance(table, Dataset) for table in tables.values()):
         return keep_rows_that_teach(sources, columns, name, on_report)
     rule = SourceSplits(tuple(sources))
+    found_there = columns_of(peek((placed for source in sources.values() for placed in source), name))
+    if typed := sorted({"images", "image", "chat_template_kwargs"} & set(found_there)):
+        raise ValueError(
+            f"{name} has the column {typed[0]!r}, which only tables of pairs can hold: parquet, Arrow or `save_to_disk`."
+        )
+    columns = replace(columns, extra=(*columns.extra, *(column for column in also if column in found_there)))
     found = make_pairs(sources, columns, rule, name=name, ties=ties, streaming=streaming, on_report=on_report)
     names = {"user_id": columns.user_id, "user_profile": columns.user_profile}
     changed = {old: new for old, new in names.items() if new is not None and old != new}

@@ -97,13 +97,21 @@ def open_source(
     if path.exists():
         kind = KINDS_OF_FILES.get(stat.S_IFMT(path.stat().st_mode), "something else")
         raise ValueError(f"{path} must be a file or a folder, found {kind}. Write the rows into a file first.")
-    _check_hub_name(str(name_or_path))
+    check_source_name(str(name_or_path))
     found = _open_hub(str(name_or_path), config_name, revision, streaming)
     return {split: TableSource(table, f"{name_or_path}, {split}") for split, table in found.items()}
 
 
-def _check_hub_name(name: str) -> None:
-    path = Path(name)
+def check_source_name(name: str) -> None:
+    """
+    Make sure that `name` is a path that exists or a name on the hub, `owner/name`, without asking the hub.
+
+    Raises:
+        `FileNotFoundError`: if it can be neither.
+    """
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return
     is_hub_name = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
     if not is_hub_name or suffix_of(path) in SUFFIXES:
         raise FileNotFoundError(
