@@ -64,7 +64,7 @@ def test_repr_names_nobody():
         ([7, "7"], ValueError, "'7' occurs twice"),
         ([""], ValueError, "empty text"),
         ([None], ValueError, "known users only"),
-        ([1.5], TypeError, "text or an integer .* found float"),
+        ([1.5], TypeError, "text or a whole number .* found 1.5"),
         ([True], TypeError, "found bool"),
         ([["ann"]], TypeError, "found list"),
     ],

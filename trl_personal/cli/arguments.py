@@ -104,7 +104,10 @@ def _add_column_options(parser: ArgumentParser, default_user_column: str) -> Non
         text = options.pop("help")
         default = "" if setting.default is None else f"; default: {setting.default}"
         group.add_argument(
-            f"--{setting.name}", default=setting.default, help=f"{text[0].lower()}{text[1:].rstrip('.')}{default}", **options
+            f"--{setting.name}",
+            default=setting.default,
+            help=f"{text[0].lower()}{text[1:].rstrip('.')}{default}",
+            **options,
         )
 
 

@@ -81,7 +81,7 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """As in argparse, without the usage of hundreds of options."""
-        flags = {flag[2:]: flag[2:] for flag in self._option_string_actions if flag.startswith("--") and "_" in flag}
+        flags = {flag[2:]: flag[2:] for flag in self._option_string_actions if flag.startswith("--")}
         self.exit(2, f"{self.prog}: error: {in_flags(message, flags)}\nSee `{self.prog} --help`.\n")
 
 

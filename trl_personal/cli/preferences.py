@@ -14,6 +14,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from ..data.columns import Columns
 from ..data.folders import TABLE_BUILDERS
 from ..data.generic import Splits, read_splits
+from ..data.pairs import OnReport
 from ..data.source import Source, TableSource, check_source_name, open_files, open_source
 from ..user_column import AnyDataset
 from .arguments import ColumnArguments
@@ -47,6 +48,7 @@ def load_preferences(
     user_id_column: str = "user_id",
     user_profile_column: str | None = None,
     extra_columns: Iterable[str | None] = (),
+    on_report: OnReport | None = None,
 ) -> Splits:
     """
     The splits of the dataset: a mixture from the YAML file, or `--dataset_name`. Rows are pairs under TRL's names; those that
@@ -60,6 +62,7 @@ def load_preferences(
         user_id_column (`str`): The column of the user, which keeps its name.
         user_profile_column (`str`, *optional*): The column of the text about the user, which keeps its name.
         extra_columns (`Iterable[str | None]`): Other columns to keep.
+        on_report (`Callable`, *optional*): Function that is called with each [`~data.LoadReport`].
 
     Raises:
         `FileNotFoundError`: if it names a file that is not there. `ValueError`: if the rows cannot be pairs.
@@ -82,7 +85,9 @@ def load_preferences(
             return _mixture(dataset_args, chosen, ties)
         name, streaming = script_args.dataset_name or "", script_args.dataset_streaming
         sources = open_source(name, config_name=script_args.dataset_config, streaming=streaming)
-        return read_splits(sources, chosen, name=name, ties=ties, streaming=streaming, also=ALSO_READ)
+        return read_splits(
+            sources, chosen, name=name, ties=ties, streaming=streaming, also=ALSO_READ, on_report=on_report
+        )
     except ValueError as error:
         raise ValueError(in_flags(str(error), FLAGS_OF_COLUMNS, alone=False)) from error
 

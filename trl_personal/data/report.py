@@ -63,6 +63,11 @@ class LoadReport:
             lines.append(f"  variants: {self.variants}")
         return printable("\n".join(lines), keep="\n")
 
+    def left_out(self) -> str:
+        """A sentence on the rows that were left out, if there are any."""
+        reasons = [f"{count:,} x {reason}" for reason, count in sorted({**self.filtered, **self.broken}.items())]
+        return f"Left out while reading {self.source}: {', '.join(reasons)}." if reasons else ""
+
     def _place(self, reason: str) -> str:
         return f", first in {self.places[reason]}" if reason in self.places else ""
 
