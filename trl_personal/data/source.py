@@ -245,5 +245,6 @@ def nearest(name: str, names: Iterable[str], others: Sequence[str] = ()) -> str 
     """
     by_plain = {other.strip().lower(): other for other in names}
     close = get_close_matches(name.lower(), by_plain, n=1, cutoff=0.75)
-    found = close or [other for other in others if other in by_plain]
+    begins = [other for other in by_plain if len(other) > 2 and (name.startswith(other) or other.startswith(name))]
+    found = close or begins or [other for other in others if other in by_plain]
     return by_plain[found[0]] if found else None
