@@ -169,14 +169,16 @@ def train(
         **dict(training_args.model_init_kwargs or {}),  # type: ignore[arg-type]
     }
     evaluates = training_args.eval_strategy != "no"
-    trainer = PersonalizedDPOTrainer(
-        model=str(model_args.model_name_or_path),
-        args=training_args,
-        train_dataset=select_split(dataset, script_args.dataset_train_split, "train"),
-        eval_dataset=select_split(dataset, script_args.dataset_test_split, "test") if evaluates else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    name = str(model_args.model_name_or_path)
+    with _no_folder_is_told(name):
+        trainer = PersonalizedDPOTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=select_split(dataset, script_args.dataset_train_split, "train"),
+            eval_dataset=select_split(dataset, script_args.dataset_test_split, "test") if evaluates else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     if script_args.ignore_bias_buffers:  # as in `trl dpo`
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers  # type: ignore[assignment]
@@ -200,6 +202,17 @@ def _checkpoint(training_args: PersonalizedDPOConfig) -> str | bool | None:
     """`--resume_from_checkpoint true` takes the last one, as `True` does in Python and in YAML."""
     checkpoint = training_args.resume_from_checkpoint
     return True if str(checkpoint).lower() == "true" else checkpoint
+
+
+@contextmanager
+def _no_folder_is_told(name: str) -> Iterator[None]:
+    """A model that is nowhere is perhaps a mistyped folder, which the hub cannot know."""
+    try:
+        yield
+    except OSError as error:
+        if not Path(name).is_dir():
+            error.add_note(f"(There is no folder {name}, so it was looked up on the hub.)")
+        raise
 
 
 @contextmanager

@@ -16,6 +16,16 @@ DECLARED_IN = {
     "trl_personal": ("training/config.py", "cli/arguments.py"),
     "accelerate": ("commands/launch.py",),
 }
+SHORT_NAMES = {
+    "--lr": "--learning_rate",
+    "--model": "--model_name_or_path",
+    "--dataset": "--dataset_name",
+    "--data": "--dataset_name",
+    "--epochs": "--num_train_epochs",
+    "--batch_size": "--per_device_train_batch_size",
+    "--output": "--output_dir",
+    "--users": "--user_id_column",
+}
 OTHER_FLAGS = ("help", "config", "accelerate_config")
 FLAG = re.compile(r"[\"'](--[a-z][\w-]*)[\"']")
 
@@ -30,6 +40,8 @@ def unknown_arguments(unknown: Sequence[str], known: Iterable[str]) -> str:
     ```
     """
     flag = next((part for part in unknown if part.startswith("-")), "").split("=", 1)[0]
+    if flag in SHORT_NAMES and SHORT_NAMES[flag] in known:
+        return f"unrecognized arguments: {' '.join(unknown)}. Did you mean {SHORT_NAMES[flag]}?"
     close = get_close_matches(
         flag.replace("-", "_"), {name.replace("-", "_"): None for name in known}, n=1, cutoff=0.7
     )
@@ -46,7 +58,8 @@ def find_wrong_flag(argv: Sequence[str]) -> str | None:
     plain = {flag.replace("-", "_") for flag in known}
     for flag in flags:
         name = flag.replace("-", "_")
-        if not any(other.startswith(name) for other in plain):  # argparse takes the beginning of a flag too
+        begins = [other for other in plain if other.startswith(name)]  # argparse takes the beginning of a flag too
+        if name not in plain and len(begins) != 1:
             return unknown_arguments([flag], known)
     return None
 

@@ -88,8 +88,8 @@ class Columns:
             `ValueError`: if not; the message has the columns found, and what to do.
         """
         found = columns_of(rows)
-        hint = ", ".join(self._suggestions(found)) or "Say which columns hold what, such as `prompt='question'`"
-        check_columns(rows, self.needed(), name, f"{hint}.")
+        hint = " ".join(self._suggestions(found)) or "Say which columns hold what, such as `prompt='question'`."
+        check_columns(rows, self.needed(), name, hint)
         if wrong := [column for column in self.extra if column not in found]:
             raise ValueError(f"{name} has no column {wrong}; found {sorted(found)}.")
 

@@ -69,7 +69,8 @@ def files_of_folder(folder: Path, config_name: str | None = None) -> dict[str, l
     types = sorted({suffix_of(path) for path in files})
     if any(suffix not in FAMILIES for suffix in types) or len({FAMILIES[suffix] for suffix in types}) > 1:
         raise ValueError(
-            f"{folder} must be a folder with files of one type out of {known_types()}, found {types}. Name a single file."
+            f"{folder} must be a folder with files of one type out of {known_types()}, found {types[:8]}"
+            f"{' and more' if len(types) > 8 else ''}. Name a single file."
         )
     return _by_split(folder, files)
 

@@ -3,7 +3,7 @@
 import logging
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from ..user_column import AnyDataset
 from .folders import SUFFIXES, TABLE_BUILDERS, files_of_folder, known_types
 from .rows import Row, SkippedRow
-from .text_files import Placed, read_json_list, rows_of_file, suffix_of
+from .text_files import Placed, is_json_list, read_json_list, rows_of_file, suffix_of
 
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,16 @@ __all__ = ["Source", "check_columns", "open_source", "peek", "read_json_list"]
 
 @dataclass(frozen=True)
 class FileSource:
-    """The rows of JSON and CSV files."""
+    """The rows of JSON and CSV files. A file that is one JSON list is parsed once, all others as they are iterated."""
 
     files: tuple[Path, ...]
+    lists: dict[Path, list[Placed]] = field(default_factory=dict, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Placed]:
         for file in self.files:
-            yield from rows_of_file(file)
+            if file not in self.lists and is_json_list(file):
+                self.lists[file] = list(rows_of_file(file))
+            yield from self.lists.get(file) or rows_of_file(file)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ def open_source(
         `FileNotFoundError`: if there is no such file or folder, or no such set. `ValueError`: for a file type that is not
         known, or a file that cannot be read.
     """
+    if not str(name_or_path).strip():
+        raise FileNotFoundError(
+            "The name of the data set is empty. Give a file, a folder or a name on the hub, `owner/name`."
+        )
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return open_files({"train": [path]}, streaming)
@@ -148,7 +155,9 @@ def open_files(splits: Mapping[str, Sequence[Path]], streaming: bool = False) ->
             if not file.is_file():
                 raise FileNotFoundError(f"There is no file {file}. Give a path that exists.")
             if suffix_of(file) not in SUFFIXES or (suffix_of(file) in TABLE_BUILDERS and file.suffix == ".gz"):
-                raise ValueError(f"{file} must be a file of type {known_types()}, found {[file.suffix]}.")
+                raise ValueError(
+                    f"{file} must be a file of type {known_types()}, found {[file.suffix] if file.suffix else file.name}."
+                )
         if suffix_of(files[0]) in TABLE_BUILDERS:
             name = str(files[0] if len(files) == 1 else files[0].parent)
             sources[split] = TableSource(_open_tables(files, streaming), name)

@@ -73,7 +73,7 @@ def _check_encoding(path: Path) -> None:
 
 
 def _rows_of_json(path: Path) -> Iterator[Placed]:
-    if _is_json_list(path):
+    if is_json_list(path):
         for number, row in enumerate(read_json_list(path), start=1):
             yield f"{path}, row {number}", row if type(row) is dict else SkippedRow(_not_an_object(row))
         return
@@ -118,8 +118,11 @@ def _once_or_marked(pairs: list[tuple[str, Any]]) -> Row:
     return found if len(found) == len(pairs) and not inner else _Twice(found)
 
 
-def _is_json_list(path: Path) -> bool:
-    """Whether the file is one list, and not a value a line of which the first happens to be a list."""
+def is_json_list(path: Path) -> bool:
+    """Whether a file is one JSON list, and not a value a line of which the first happens to be a list."""
+    if suffix_of(path) not in JSON_SUFFIXES:
+        return False
+    _check_encoding(path)
     with _open(path) as stream:
         lines = (line.removeprefix(BYTE_ORDER_MARK).strip() for line in stream)
         first = next(filter(None, lines), b"")
@@ -228,6 +231,10 @@ def _delimiter(path: Path) -> str:
 def _check_header(names: list[str], path: Path) -> list[str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path}, line 1, has the column {twice[0]!r} twice. Give each column a name of its own.")
+    if len(names) == 1 and any(separator in names[0] for separator in ";\t|"):
+        raise ValueError(
+            f"{path}, line 1, names one column, {names[0]!r}. Separate the fields of a CSV file by commas."
+        )
     try:
         "".join(names).encode()
     except UnicodeEncodeError as error:

@@ -139,7 +139,8 @@ def choose_users(
     if user_vocab is not None and not isinstance(user_vocab, UserVocab):
         user_vocab = UserVocab(user_vocab)
     vocab = _vocab_of(args, train_dataset, user_vocab)
-    warn_of_variants([*(known[1] if known is not None else ()), *vocab], "train")
+    if user_vocab is None:
+        warn_of_variants([*(known[1] if known is not None else ()), *vocab], "train")
     if known is not None:
         if user_vocab is not None and (left_out := sum(user_id not in user_vocab for user_id in known[1])):
             logger.warning(
