@@ -283,5 +283,5 @@ def test_every_flag_of_trl_and_accelerate_is_known_before_they_are_imported():
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         assert len(flags) > 50
         assert [flag for flag in flags if find_wrong_flag([flag]) is not None] == []
-    assert find_wrong_flag(["--user_modle_kind", "x"]).endswith("Did you mean --user_model_kind?")
+    assert find_wrong_flag(["--user_model_knd", "x"]).endswith("Did you mean --user_model_kind?")
     assert len(flags_of_dpo()) < 1000

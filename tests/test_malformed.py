@@ -309,7 +309,7 @@ def make_renamed(rng, rows):
     old, new, flag = rng.choice(
         [
             ("prompt", "question", "prompt_column"),
-            ("chosen", "choosen", "chosen_column"),
+            ("chosen", "chosenn", "chosen_column"),
             ("user_id", "worker", "user_id_column"),
         ]
     )
@@ -439,7 +439,7 @@ WRONG_COLUMNS = [
         ["--response_columns", "a", "b", "--choice_column", "w", "--choice_values", "A"],
         "`--choice_values` must be VALUE=N",
     ),
-    (["--prompt_column", "promt"], "Did you mean `--prompt_column prompt`?"),
+    (["--prompt_column", "promptt"], "Did you mean `--prompt_column prompt`?"),
     (["--user_id_column", "user"], "Did you mean `--user_id_column user_id`?"),
     (["--rejected_column", "Rejected"], "Did you mean `--rejected_column rejected`?"),
     (["--split_column", "part"], "rows.jsonl has no column ['part']"),

@@ -68,7 +68,7 @@ def shared_start(first: object, second: object) -> int:
     if not isinstance(first, (str, list)) or type(first) is not type(second):
         return 0
     if isinstance(first, list):
-        pairs = enumerate(zip(first, second, strict=False))  # type: ignore[call-overload]
-        return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))  # type: ignore[arg-type]
+        pairs = enumerate(zip(first, second, strict=False))
+        return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
     length = len(os.path.commonprefix([first, str(second)]))
     return length - 1 if length and first[length - 1] == " " else length

@@ -29,7 +29,7 @@ def run_audit(arguments: Namespace) -> None:
         on_report=reports.append,
     )
     audit = audit_preferences(
-        {split: rows for split, rows in splits.items() if len(rows)},  # type: ignore[arg-type]
+        {split: rows for split, rows in splits.items() if len(rows)},
         user_id_column,
         split_column=arguments.split_column,
         min_pairs=arguments.min_pairs,

@@ -154,7 +154,7 @@ def _mixture(config: DatasetMixtureConfig, columns: Columns, ties: str) -> Split
     """The datasets of a mixture, each read as `--dataset_name` is, put together as TRL does."""
     parts = [_part(dict(vars(part)), config.streaming, columns, ties) for part in config.datasets]
     parts = _in_shares(parts, [part.fraction for part in config.datasets])
-    together: Any = concatenate_datasets(parts)  # type: ignore[type-var]
+    together: Any = concatenate_datasets(parts)
     if config.test_split_size is None:
         return {"train": together}
     if isinstance(together, IterableDataset):

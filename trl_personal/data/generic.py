@@ -203,8 +203,9 @@ def make_pairs(
     conversational = is_conversational(first, columns)
     joined_rows = 0
     broken: Counter[str] = Counter()
+    places: dict[str, str] = {}
     if is_one_response_a_row(first, columns):
-        sources, joined_rows = _join_rows(sources, columns, broken)
+        sources, joined_rows = _join_rows(sources, columns, broken, places)
     features = prompt_features(conversational) | {"user_id": Value("string")}
     features |= {} if columns.user_profile is None else {"user_profile": Value("string")}
     features |= {column: Value("string") for column in columns.extra}
@@ -212,7 +213,15 @@ def make_pairs(
     if streaming:
         return make_streams(sources, work, Features(features), name=name, on_report=on_report)
     return make_splits(
-        sources, work, Features(features), rule, name=name, rows_read=joined_rows, broken=broken, on_report=on_report
+        sources,
+        work,
+        Features(features),
+        rule,
+        name=name,
+        rows_read=joined_rows,
+        broken=broken,
+        places=places,
+        on_report=on_report,
     )
 
 
@@ -234,7 +243,9 @@ def _split_rule(
     return SourceSplits((TRAIN, TEST))
 
 
-def _join_rows(sources: dict[str, Source], columns: Columns, broken: Counter[str]) -> tuple[dict[str, Source], int]:
+def _join_rows(
+    sources: dict[str, Source], columns: Columns, broken: Counter[str], places: dict[str, str]
+) -> tuple[dict[str, Source], int]:
     """One row for all responses of a user to a prompt, and how many rows went into other ones."""
     response, score = str(columns.responses), str(columns.ratings or columns.ranking)
     shared = [column for column in (columns.prompt, columns.user_profile, columns.split, *columns.extra) if column]
@@ -250,9 +261,10 @@ def _join_rows(sources: dict[str, Source], columns: Columns, broken: Counter[str
                 user_id, number = user_of(row, columns), number_of(row.get(score), score)
             except SkippedRow as skipped:
                 broken[skipped.reason] += 1
+                places.setdefault(skipped.reason, place)
                 continue
             key = as_text([user_id, row.get(columns.prompt or ""), row.get(columns.split or "")]) or ""
-            group = {
+            group: Row = {
                 columns.user_id: user_id,
                 **{column: row.get(column) for column in shared},
                 response: [],

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets.arrow_writer import ArrowWriter
 
 from ..users import describe_variants, find_variants
 from .report import LoadReport
@@ -27,6 +28,7 @@ SPLIT = "_split"  # only if the row itself names its split
 RowToPairs: TypeAlias = Callable[[Row], Iterable[Row | SkippedRow]]
 OnReport: TypeAlias = Callable[[LoadReport], None]
 
+BATCH_SIZE = 1000
 _FOLDERS: list[TemporaryDirectory[str]] = []  # of datasets that this process has made; removed when it ends
 
 
@@ -137,6 +139,7 @@ def make_splits(
     rows_read: int = 0,
     filtered: Counter[str] | None = None,
     broken: Counter[str] | None = None,
+    places: Mapping[str, str] | None = None,
     on_report: OnReport | None = None,
 ) -> DatasetDict:
     """
@@ -151,6 +154,7 @@ def make_splits(
         rows_read (`int`): Number of rows that the loader has read and left out before.
         filtered (`Counter`, *optional*): Number of sound rows among them, for each reason.
         broken (`Counter`, *optional*): Number of broken rows among them, for each reason.
+        places (`Mapping[str, str]`, *optional*): Where the first row of each reason stands.
         on_report (`Callable`, *optional*): Function that is called with the [`LoadReport`].
 
     Raises:
@@ -158,9 +162,9 @@ def make_splits(
     """
     if isinstance(split_rule, HeldOut) and split_rule.unknown_users:
         split_rule = split_rule.after(_users_and_groups(sources, row_to_pairs))
-    tally = Tally(name, split_rule.names, rows_read, Counter(filtered), Counter(broken))
+    tally = Tally(name, split_rule.names, rows_read, Counter(filtered), Counter(broken), dict(places or {}))
     reader = PairReader(sources, row_to_pairs, split_rule, tuple(features), tally)
-    rows = on_disk(reader, Features({**features, SPLIT: Value("string")}), tally)
+    rows = on_disk(reader(), Features({**features, SPLIT: Value("string")}))
     report = tally.checked_report()
     publish(report, on_report)
     splits = np.array(rows[SPLIT][:], dtype=object)
@@ -168,36 +172,17 @@ def make_splits(
     return DatasetDict({split: kept.select(np.flatnonzero(splits == split)) for split in tally.split_names})
 
 
-def on_disk(reader: Callable[[], Iterator[Row]], features: Features, tally: Tally) -> Dataset:
-    """
-    What `reader` gives as a dataset in a temporary folder of this process. It is read anew each time, as the counts are.
-
-    Raises:
-        `ValueError`: if `reader` gives nothing, or raises one.
-    """
+def on_disk(rows: Iterable[Row], features: Features) -> Dataset:
+    """`rows` as a dataset in a temporary folder of this process. They are read anew each time, as the counts are."""
     if not _FOLDERS:
         _FOLDERS.append(TemporaryDirectory(prefix="trl_personal-pairs-", ignore_cleanup_errors=True))
-    try:
-        with _without_bars():
-            rows: Any = Dataset.from_generator(reader, features=features, cache_dir=mkdtemp(dir=_FOLDERS[0].name))
-        return rows
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        if isinstance(error.__cause__, (ValueError, OSError)):
-            raise error.__cause__ from None
-        tally.checked_report()  # nothing at all is an error of `datasets` that does not say why
-        raise
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """`datasets` would show a bar that does not know how many rows there are."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    path = Path(mkdtemp(dir=_FOLDERS[0].name), "pairs.arrow")
+    remaining = iter(rows)
+    with ArrowWriter(features=features, path=str(path)) as writer:
+        while batch := list(islice(remaining, BATCH_SIZE)):
+            writer.write_batch({column: [row[column] for row in batch] for column in features})
+        writer.finalize()
+    return Dataset.from_file(str(path))
 
 
 @dataclass

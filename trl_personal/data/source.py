@@ -248,8 +248,8 @@ def nearest(name: str, names: Iterable[str], others: Sequence[str] = ()) -> str 
     The one of `names` that was probably meant by `name`: a similar one, or one of `others`.
 
     ```python
-    >>> nearest("prompt", ["promt", "answer"]), nearest("prompt", ["question"], ["query", "question"])
-    ('promt', 'question')
+    >>> nearest("prompt", ["promptt", "answer"]), nearest("prompt", ["question"], ["query", "question"])
+    ('promptt', 'question')
     ```
     """
     by_plain = {other.strip().lower(): other for other in names}

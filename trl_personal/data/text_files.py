@@ -52,7 +52,7 @@ def rows_of_file(path: Path) -> Iterator[Placed]:
         raise ValueError(f"{path} is cut off or damaged ({error}). Copy it again.") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
     return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -85,7 +85,7 @@ def _rows_of_json(path: Path) -> Iterator[Placed]:
 
 def _parse_line(line: bytes) -> Row | SkippedRow:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+        row = DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
         return SkippedRow("not UTF-8")
     except RecursionError:
@@ -106,6 +106,9 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
 
 def _not_an_object(value: object) -> str:
     return "a key twice" if isinstance(value, dict) else "not a JSON object"
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 class _Twice(dict[str, Any]):
