@@ -3,8 +3,9 @@ Shapes of GPT-J 6B and Llama 8B with random weights on one GPU: training against
 
     python benchmarks/gpu.py [--small]
 
-Training is LoRA on bfloat16 and 4-bit weights. Each contestant has a process of its own, for its peak memory. `--small` uses
-tiny shapes and, without a GPU, the CPU: to test the script. See gpu.sh.
+Training is LoRA on bfloat16 and 4-bit weights. Each contestant has a process of its own, for its peak memory. The files of
+results are written after every measurement, so that a run that is stopped leaves what it has. `--small` uses tiny shapes and,
+without a GPU, the CPU: to test the script. See gpu.sh.
 """
 
 import argparse
@@ -135,27 +136,35 @@ def main():
     parser.add_argument("--small", action="store_true", help="tiny shapes: to test the script")
     parser.add_argument("--families", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--weights", nargs="+", choices=["bf16", "4-bit"], default=["bf16", "4-bit"])
+    parser.add_argument("--no_generation", dest="generation", action="store_false", help="training only")
+    parser.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off", "on"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="benchmarks/results/gpu")
     options = parser.parse_args()
     use_one_thread()
     lengths = [(12, 4, 2)] if options.small else [(400, 40, 4), (60, 300, 4)]  # prompt, response, pairs
     num_users, tokens = (4, (6, 4)) if options.small else (64, (100, 128))
-    rate = matmul_rate(256 if options.small else 8192)
-    training, generation = [], []
+    results = {"matmul_flop_per_second": matmul_rate(256 if options.small else 8192), "training": [], "ratios": []}
+
+    def keep(part, rows):
+        results[part] += rows
+        parts = {"Training": results["training"], "Generation": results["ratios"]}
+        tables = [make_table(shown(rows), title) for title, rows in parts.items() if rows]
+        write_results(options.output, results, tables)
+
     for family in options.families:
         with tempfile.TemporaryDirectory() as folder:
             num_weights = write_model(family, options.small, folder)
             torch.cuda.empty_cache()
+            if options.generation:
+                keep("ratios", generate(family, folder, num_users, tokens, options.rounds))
+                torch.cuda.empty_cache()
             for weights in options.weights:
-                for checkpointing in [True] if options.small else [False, True]:
+                for checkpointing in options.checkpointing:
                     for sizes in lengths:
-                        setting = (weights == "4-bit", checkpointing, sizes, options.rounds, options.small)
-                        training += train(family, folder, num_weights, rate, *setting)
-            generation += generate(family, folder, num_users, tokens, options.rounds)
-    tables = [make_table(shown(training), "Training"), make_table(shown(generation), "Generation")]
-    results = {"matmul_flop_per_second": rate, "training": training, "ratios": generation}
-    write_results(options.output, results, tables)
+                        setting = (weights == "4-bit", checkpointing == "on", sizes, options.rounds, options.small)
+                        rate = results["matmul_flop_per_second"]
+                        keep("training", train(family, folder, num_weights, rate, *setting))
 
 
 if __name__ == "__main__":

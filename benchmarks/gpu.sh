@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p benchmarks/results
 export HF_HUB_OFFLINE=1 PYTHONPATH=.
-python benchmarks/gpu_checks.py > benchmarks/results/gpu_checks.json
+python benchmarks/gpu_checks.py --output benchmarks/results/gpu_checks.json
 python benchmarks/gpu.py "$@"

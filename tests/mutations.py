@@ -32,7 +32,7 @@ from rich.table import Table
 
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("trl_personal", "tests", "examples", "docs", "pyproject.toml")
+COPIED = ("trl_personal", "tests", "examples", "docs", "benchmarks", "pyproject.toml", "setup.cfg", "README.md")
 TIMEOUT = 600  # seconds; a mutation that hangs the tests is killed
 
 
@@ -322,8 +322,8 @@ MUTATIONS = [
     Mutation(
         "initial rows past the embedding's scale",
         "user_models/initialization.py",
-        "embedding(ids.to(device)).float()",
-        "embedding.weight[ids.to(device)].float()",
+        "embedding(ids.to(next(embedding.parameters()).device)).float()",
+        "embedding.weight[ids].float()",
         ("user_models",),
     ),
     Mutation(
@@ -930,15 +930,36 @@ MUTATIONS = [
     Mutation(
         "weight decay on users",
         "training/optimizer.py",
-        '"weight_decay": 0.0}',
-        '"weight_decay": self.args.weight_decay}',
+        '"weight_decay": 0.0, "lr": learning_rate}',
+        '"lr": learning_rate}',
         ("trainer",),
     ),
     Mutation(
         "user_learning_rate ignored",
         "training/optimizer.py",
-        'group["lr"] = learning_rate',
-        "pass",
+        '"weight_decay": 0.0, "lr": learning_rate}',
+        '"weight_decay": 0.0}',
+        ("trainer",),
+    ),
+    Mutation(
+        "default rates in no unit",
+        "training/optimizer.py",
+        "DEFAULT_STEP * unit",
+        "DEFAULT_STEP",
+        ("trainer",),
+    ),
+    Mutation(
+        "logits at the rate of embeddings",
+        "user_models/cluster.py",
+        'super().units(embedding_std) | {"user_logits.weight": 1.0}',
+        "super().units(embedding_std)",
+        ("trainer",),
+    ),
+    Mutation(
+        "factors at the rate of embeddings",
+        "user_models/low_rank.py",
+        'super().units(embedding_std) | {"user_factors.weight": len(self.shared_basis) ** -0.5}',
+        "super().units(embedding_std)",
         ("trainer",),
     ),
     Mutation(
@@ -951,7 +972,7 @@ MUTATIONS = [
     Mutation(
         "an optimizer of the caller goes without users",
         "training/optimizer.py",
-        "        )\n    optimizer.add_param_group(group)\n",
+        "        )\n    for group in groups:\n        optimizer.add_param_group(group)\n",
         "        )\n",
         ("bad_input",),
     ),

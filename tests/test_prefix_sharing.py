@@ -438,3 +438,20 @@ def test_sampled_runs_train_and_evaluate_both_terms(make_trainer, preferences):
 def test_other_settings_are_refused(name, make_args):
     with pytest.raises(ValueError, match=f"`{name}` must be one of"):
         make_args(**{name: "sometimes"})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_model_gets_the_plain_mask(make_trainer, compiled):
+    """Hooks run outside of what is compiled, whose guards look at a mask's strides."""
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    trainer = make_trainer("llama", share_prefix="always", **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    masks = []
+
+    def keep_mask(decoder, args, kwargs):
+        masks.append(type(kwargs["attention_mask"]))
+
+    trainer.model.get_decoder().register_forward_pre_hook(keep_mask, with_kwargs=True)
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    assert (PackedAttentionMask in masks) is not compiled

@@ -133,7 +133,8 @@ def test_two_runs_are_equal(make_trainer):
 
 def test_evaluation_metrics_are_means_over_users(make_trainer, preferences):
     """Four pairs of `ann`, one of `bo`, one of a stranger, in batches of two: macro over the two known users."""
-    trainer = make_trainer(beta=0.5, max_steps=20, learning_rate=0.02, per_device_eval_batch_size=2)
+    rates = {"learning_rate": 0.02, "user_learning_rate": 0.02}
+    trainer = make_trainer(beta=0.5, max_steps=20, per_device_eval_batch_size=2, **rates)
     trainer.train()
     rows = [*preferences.select([0, 2, 4, 6])]
     flipped = {**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
@@ -241,3 +242,53 @@ def test_a_frozen_user_model_is_told_and_the_language_model_trains(make_trainer,
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
     assert not [name for name in moved if name.startswith("user_model.")]
+
+
+UNITS = {  # of each weight, in standard deviations of the token embeddings `s`, for two factors or clusters
+    "individual": lambda s: {"generic_prompt": s, "user_offsets.weight": s},
+    "cluster": lambda s: {"cluster_prompts": s, "user_logits.weight": 1.0},
+    "low_rank": lambda s: {"generic_prompt": s, "shared_basis": s, "user_factors.weight": 2**-0.5},
+}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_default_rates_are_in_units_of_the_token_embeddings(make_trainer, kind):
+    """So is the first step of Adam, whatever the gradient: 0.03 of the unit of each weight."""
+    trainer = make_trainer("llama", user_model_kind=kind, num_clusters=2, user_rank=2, max_steps=1, max_grad_norm=0.0)
+    weight = trainer.model.get_input_embeddings().weight
+    ids = torch.randint(len(trainer.processing_class), (1024,), generator=torch.Generator().manual_seed(0))
+    units = UNITS[kind](weight[ids].std().item())
+    named = dict(trainer.user_model.named_parameters())
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in named.items()} == pytest.approx({n: 0.03 * u for n, u in units.items()})
+    assert [
+        g["weight_decay"]
+        for g in trainer.optimizer.param_groups
+        if id(named["generic_prompt" if kind != "cluster" else "cluster_prompts"]) in map(id, g["params"])
+    ] == [0.0]
+    before = {name: p.detach().clone() for name, p in named.items()}
+    trainer.train()
+    for name, parameter in named.items():
+        step = (parameter - before[name]).abs().max().item()
+        # low-rank: the basis of users at zero has no gradient yet
+        assert step == pytest.approx(0 if name == "shared_basis" else 0.03 * units[name], rel=1e-2)
+
+
+def test_a_rate_that_is_given_is_that_of_all_weights(make_trainer):
+    trainer = make_trainer("llama", user_model_kind="low_rank", user_learning_rate=0.5)
+    (group,) = [group for group in trainer.create_optimizer().param_groups if group["lr"] == 0.5]
+    assert len(group["params"]) == len(list(trainer.user_model.parameters())) == 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "word"), [(1e-9, "hardly moved"), (0.0, None), (None, None)], ids=["tiny", "frozen", "default"]
+)
+def test_a_run_says_when_users_hardly_moved(make_trainer, caplog, rate, word):
+    trainer = make_trainer("llama", user_learning_rate=rate, max_steps=6)
+    with caplog.at_level("INFO", "trl_personal"):
+        trainer.train()
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING" and "soft prompts" in r.message]
+    assert [word in text for text in warnings] == ([True] if word else [])
+    said = [r.message for r in caplog.records if "standard deviations of the token embeddings from" in r.message]
+    assert len(said) == (0 if rate == 0 else 1)
+    assert not any("ann" in text or "bo" in text.split() for text in said)

@@ -17,6 +17,7 @@ from trl_personal import (
 )
 from trl_personal.user_models import get_user_model_class
 from trl_personal.user_models.initialization import soft_prompt_drawer
+from trl_personal.user_models.movement import measure_movement
 
 
 def make(kind, num_users=3, seed=0, **options):
@@ -284,3 +285,37 @@ def test_moves_are_made_and_a_half_table_becomes_float32():
     for parameter in user_model.parameters():
         parameter.data = parameter.data.half()
     assert {parameter.dtype for parameter in user_model.float().parameters()} == {torch.float32}
+
+
+def test_movement_is_measured_in_units_of_the_token_embeddings():
+    """By hand: users of two virtual tokens of width 2 at +0.3 and +0.1 of the generic prompt, embeddings of deviation 0.1."""
+    user_model = make("individual", num_users=2, num_virtual_tokens=2, token_dim=2)
+    assert measure_movement(user_model, 0.1).to_dict() == {"moved": 0.0, "differ": 0.0}
+    user_model.user_offsets.weight.data[1:] = torch.tensor([[0.3], [0.1]])
+    movement = measure_movement(user_model, 0.1)
+    assert movement.to_dict() == pytest.approx({"moved": 3.0, "differ": 1.0}, abs=1e-5)
+    assert movement.warning() is None
+    user_model.user_offsets.weight.data[1:] = 0.3
+    assert measure_movement(user_model, 0.1).to_dict() == pytest.approx({"moved": 3.0, "differ": 0.0}, abs=1e-5)
+    assert "hardly differ" in measure_movement(user_model, 0.1).warning()
+    assert "hardly moved" in measure_movement(user_model, 100.0).warning()
+
+
+def test_movement_of_many_users_is_that_of_a_thousand_of_them():
+    user_model = make("low_rank", num_users=2_500, user_rank=1)
+    user_model.user_factors.weight.data[1::3] = 1.0  # those that are looked at: every third
+    expected = user_model.shared_basis[0].pow(2).mean().sqrt().item()
+    assert measure_movement(user_model, 1.0).moved == pytest.approx(expected, abs=1e-5)
+    assert measure_movement(make("cluster", num_users=0), 1.0) is None
+
+
+def test_clusters_from_one_text_are_apart_and_near_it():
+    """Equal clusters would get equal gradients, and every user would stay the generic one."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(50, 64)
+    user_model = make("cluster", num_virtual_tokens=10, token_dim=64, num_clusters=3)
+    user_model.initialize(soft_prompt_drawer(embedding, 50, 10, "text", text_ids=[4, 1, 7]))
+    text = embedding(torch.tensor([4, 1, 7] * 4)[:10])
+    offsets = user_model.cluster_prompts - text
+    assert offsets.std().item() == pytest.approx(0.1 * text.std().item(), rel=0.1)
+    assert (offsets[0] - offsets[1]).abs().max() > 0

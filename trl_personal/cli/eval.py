@@ -56,6 +56,8 @@ def run_eval(arguments: Namespace) -> None:
         files = evaluation.save(folder)
     if evaluation.num_dropped:
         sys.stderr.write(f"{evaluation.num_dropped} pairs are left out: a prompt alone fills `max_length`.\n")
+    if evaluation.movement is not None and (warning := evaluation.movement.warning()) is not None:
+        sys.stderr.write(f"{warning}\n")
     sys.stderr.write(f"{', '.join(files)} are in {folder}.\n")
     _write(evaluation, arguments)
 

@@ -22,6 +22,7 @@ from ..training.run_users import with_names_of_users
 from ..training.settings import read_training_settings
 from ..user_column import check_user_column, iterate_user_ids
 from ..user_models import UserModel
+from ..user_models.movement import Movement, measure_movement
 from ..user_profile import Prompt
 from ..users import UserId, UserVocab
 from .answers import GENERIC_USER, answers_by_user, count_words, opposite_users, summarize_answers
@@ -120,6 +121,7 @@ def evaluate_trainer(
         confidence=confidence,
         log_history=trainer.state.log_history,
         run=describe_run(),
+        movement=measure_movement(trainer.user_model, trainer.embedding_std),
     )
 
 
@@ -198,6 +200,7 @@ def evaluate_model(
     if num_generate:
         set_seed(seed)
         answers = _write_answers(trainer, dataset, num_generate, batch_size, dict(generate_kwargs or {}))
+    movement = measure_movement(user_model, trainer.embedding_std)
     base_model = ref_model or str(get_base_model(trainer.model).config.name_or_path)
     del trainer  # baselines need the memory
 
@@ -234,6 +237,7 @@ def evaluate_model(
             "seed": seed,
             "settings": json.loads(json.dumps(settings, default=str)),
         },
+        movement=movement,
     )
 
 
@@ -252,6 +256,7 @@ def _evaluation(
     confidence: float,
     log_history: list[dict[str, Any]],
     run: dict[str, Any],
+    movement: Movement | None,
 ) -> ModelEvaluation:
     """The report and the tables of what was scored; `margins` are `(len(dataset),)`, NaN for rows that were left out."""
     kept = np.flatnonzero(np.all([np.isfinite(array) for array in margins.values()], axis=0))
@@ -288,6 +293,7 @@ def _evaluation(
         user_vocab=user_vocab,
         log_history=log_history,
         run=run,
+        movement=movement,
     )
 
 

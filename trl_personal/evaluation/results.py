@@ -23,6 +23,7 @@ from .._version import __version__
 from ..files import write_atomically
 from ..terminal import printable
 from ..user_models import UserModel
+from ..user_models.movement import Movement
 from ..users import UserId, UserVocab
 from .answers import GENERIC_USER
 from .plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
@@ -56,6 +57,7 @@ class ModelEvaluation:
             `None`. Empty if nothing was generated.
         samples (`list[dict]`): For each prompt the answers of all users and, if there is one, of the reference.
         user_model, user_vocab: The user model that was evaluated, and its users.
+        movement ([`Movement`], *optional*): How far users' soft prompts are from the generic one and from each other.
         log_history (`list[dict]`): The log of its training.
         run (`dict`): The command, versions, hardware and settings of the evaluation.
     """
@@ -74,6 +76,7 @@ class ModelEvaluation:
     user_vocab: UserVocab
     log_history: list[dict[str, Any]]
     run: dict[str, Any]
+    movement: Movement | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pairs, for JSON. The ids of users are in `users` and `samples`."""
@@ -90,6 +93,7 @@ class ModelEvaluation:
             "vanilla_accuracy": float((np.array(self.pairs["vanilla"]) > 0).mean()) if has_vanilla else None,
             "majority_share": self.majority_share,
             "num_dropped": self.num_dropped,
+            "soft_prompts": self.movement.to_dict() if self.movement else None,
             "metrics": self.metrics,
             "samples": self.samples,
             "run": self.run,

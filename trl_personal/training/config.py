@@ -52,7 +52,9 @@ class PersonalizationConfig:
         user_id_column (`str`, *optional*, defaults to `"user_id"`):
             Column with the user of each row, text or integers. `None` is the generic user.
         user_learning_rate (`float`, *optional*):
-            Learning rate of the user model; the language model's `learning_rate` if it is not set.
+            Learning rate of all weights of the user model. If it is not set, each has a rate of its own, so that soft prompts
+            move by about 0.03 standard deviations of the language model's token embeddings in a step of Adam
+            ([`UserModel.units`]). 0 leaves users as they are.
         on_divergence (`str`, *optional*, defaults to `"stop"`):
             What happens when weights or users' rows are no finite numbers any more: `"stop"` ends the run with an error that
             says which and since when, `"warn"` goes on.
@@ -95,7 +97,11 @@ class PersonalizationConfig:
     )
     user_id_column: str = field(default="user_id", metadata={"help": "Column with the user of each row."})
     user_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the user model; `learning_rate` if it is not set."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the user model. If it is not set, soft prompts move by about 0.03 standard deviations "
+            "of the token embeddings a step."
+        },
     )
 
     on_divergence: str = field(

@@ -17,11 +17,13 @@ from ..models.saving import get_base_model
 from ..user_column import AnyDataset
 from ..user_models import UserModel
 from ..users import GENERIC_USER_INDEX, UserVocab
+from .attention_kernels import sound_attention
 from .checkpoints import CheckpointsMixin
 from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizationConfig
 from .divergence import DivergenceCallback
-from .optimizer import add_user_group, move_to_user_group, user_group
+from .movement import MovementCallback
+from .optimizer import DEFAULT_STEP, add_user_groups, measure_embedding_std, move_to_user_groups, user_groups
 from .run_users import (
     EvalDatasets,
     check_settings,
@@ -71,6 +73,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
     scored_output: ClassVar[str]
 
     model: PreTrainedModel | PeftModel
+    embedding_std: float  # of the language model's token embeddings; with users only
     _name: str
 
     def __init__(
@@ -160,14 +163,21 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
         self.user_model, self.user_vocab = user_model, user_vocab
+        self.embedding_std = measure_embedding_std(self.model, tokenizer)
+        self.add_callback(MovementCallback(user_model, self.embedding_std))
         base = get_base_model(self.model)
         if base.can_generate() and (reason := reason_not_to_write(base)) is not None:
             logger.warning("%s.", reason[0].upper() + reason[1:])
         if not isinstance(self.data_collator, DataCollatorForPersonalizedPreference):
             self.data_collator = self.make_collator(user_vocab)
         if self.optimizer is not None:
-            add_user_group(self.optimizer, self.lr_scheduler, user_group(user_model, self.args.user_learning_rate))
-        logger.info("%s with %d known users, user model %r.", self._name, len(user_vocab), user_model.kind)
+            add_user_groups(self.optimizer, self.lr_scheduler, self._user_groups(user_model))
+        rate = self.args.user_learning_rate
+        logger.info(
+            "%s with %d known users, user model %r, a new one starts from %r, `user_learning_rate` %s.",
+            *(self._name, len(user_vocab), user_model.kind, self.args.soft_prompt_init),
+            f"{DEFAULT_STEP} in units of the token embeddings" if rate is None else rate,
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -176,12 +186,15 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             columns.append(self.args.user_id_column)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in transformers, with the user model in a group of its own: `user_learning_rate`, no weight decay."""
+        """As in transformers, with the user model in groups of its own: `user_learning_rate`, no weight decay."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.user_model is not None and created:
-            move_to_user_group(optimizer, user_group(self.user_model, self.args.user_learning_rate))
+            move_to_user_groups(optimizer, self._user_groups(self.user_model))
         return optimizer
+
+    def _user_groups(self, user_model: UserModel) -> list[dict[str, Any]]:
+        return user_groups(user_model, self.args.user_learning_rate, self.embedding_std)
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
@@ -207,10 +220,11 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers, with a backward pass for each term of the loss: only one has its activations in memory."""
-        if self.user_model is None or not self._may_take_several_backward_passes():
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        else:
-            loss = self._step_of_terms(model, inputs, *args, **kwargs)
+        with sound_attention(self.accelerator.device):
+            if self.user_model is None or not self._may_take_several_backward_passes():
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            else:
+                loss = self._step_of_terms(model, inputs, *args, **kwargs)
         self.divergence.see_loss(loss, model, self.state.global_step + 1)
         return loss
 

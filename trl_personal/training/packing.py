@@ -53,10 +53,12 @@ class SharedPrompts:
                 )
             self._has_warned = True
             return
-        PrefixSharing(causal_lm)
+        # Hooks run outside of what is compiled, and its guards take the blocks' mask for the plain mask that it stands for.
+        has_blocks = not trainer.args.torch_compile and getattr(trainer.model, "_compiled_call_impl", None) is None
+        PrefixSharing(causal_lm, has_blocks)
         if trainer.ref_model is not None:
-            PrefixSharing(get_base_model(trainer.accelerator.unwrap_model(trainer.ref_model)))
-        cost = PackingCost.of_model(causal_lm, trainer.args.num_virtual_tokens)
+            PrefixSharing(get_base_model(trainer.accelerator.unwrap_model(trainer.ref_model)), has_blocks)
+        cost = PackingCost.of_model(causal_lm, trainer.args.num_virtual_tokens, has_blocks)
         self.packer = PairPacker(
             cost=None if trainer.args.share_prefix == "always" else cost,
             selects=trainer.accelerator.device.type == "cpu",

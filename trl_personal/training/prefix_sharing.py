@@ -357,10 +357,12 @@ class PrefixSharing:
 
     Args:
         causal_lm (`PreTrainedModel`): The language model with TRL's fused head, without PEFT around it.
+        has_blocks (`bool`): Whether sdpa gets a [`PackedAttentionMask`]. A compiled model gets the plain mask.
     """
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, causal_lm: Any, has_blocks: bool = True) -> None:
         self.config = causal_lm.config.get_text_config()
+        self.has_blocks = has_blocks
         if not isinstance(causal_lm, OwnCalls):  # the reference policy; a model with users has it already
             add_mixin(causal_lm, OwnCalls)
         decoder = causal_lm.get_decoder()
@@ -401,7 +403,7 @@ class PrefixSharing:
         masks: dict[str, Tensor] = {}
         for kind in self._kinds():
             window = self.config.sliding_window if kind == "sliding_attention" else None
-            if self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
+            if self.has_blocks and self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
                 num_rejected = packed.rejected.shape[1]
                 masks[kind] = PackedAttentionMask.make(branches, position_ids, num_rejected, row_length, window)
                 continue
@@ -484,14 +486,15 @@ class PackingCost:
         return one_row < self.margin * self.separate(seq_len)
 
     @classmethod
-    def of_model(cls, causal_lm: Any, num_virtual_tokens: int = 0) -> "PackingCost":
-        """The costs of a language model, from its config and the shapes of its parameters."""
+    def of_model(cls, causal_lm: Any, num_virtual_tokens: int = 0, has_blocks: bool = True) -> "PackingCost":
+        """The costs of a language model, from its config and the shapes of its parameters; blocks are for sdpa alone."""
         config = causal_lm.config.get_text_config()
         embedding = causal_lm.get_input_embeddings()
         outside = {id(p) for p in embedding.parameters()}
         num_parameters = sum(p.numel() for p in causal_lm.get_decoder().parameters() if id(p) not in outside)
         attention_width = config.num_hidden_layers * config.hidden_size
-        return cls(num_parameters, attention_width, num_virtual_tokens, config._attn_implementation == "sdpa")
+        has_blocks = has_blocks and config._attn_implementation == "sdpa"
+        return cls(num_parameters, attention_width, num_virtual_tokens, has_blocks)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,22 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         `draw(n)` returns `n` initial prompts, `(n, num_virtual_tokens, token_dim)`, as `soft_prompt_init` says.
         """
 
+    def units(self, embedding_std: float) -> dict[str, float]:
+        """
+        The size of a change that matters, for each parameter by name: the default learning rates are a share of it. A kind
+        overrides it for parameters that are not on the scale of embeddings, such as weights of a mixture.
+
+        Args:
+            embedding_std (`float`): The standard deviation of the language model's token embeddings.
+
+        ```python
+        >>> from trl_personal import ClusterUserModel, ClusterUserModelConfig
+        >>> ClusterUserModel(ClusterUserModelConfig(num_users=2, num_virtual_tokens=3, token_dim=4)).units(0.1)
+        {'cluster_prompts': 0.1, 'user_logits.weight': 1.0}
+        ```
+        """
+        return dict.fromkeys((name for name, _ in self.named_parameters()), embedding_std)
+
     def row_tables(self) -> dict[str, nn.Embedding]:
         """
         The tables whose row `u` belongs to user `u`, by the names of the modules. Everything else is shared by all users.

@@ -11,6 +11,9 @@ from ..users import GENERIC_USER_INDEX
 from .base import UserModel, UserModelConfig, register_user_model
 
 
+SPREAD = 0.1  # of cluster prompts that start from one text, in standard deviations of its embeddings
+
+
 @dataclass
 class ClusterUserModelConfig(UserModelConfig):
     """
@@ -53,7 +56,15 @@ class ClusterUserModel(UserModel):
 
     @torch.no_grad()
     def initialize(self, draw: Callable[[int], Tensor]) -> None:
-        self.cluster_prompts.copy_(draw(self.cluster_prompts.shape[0]))
+        prompts = draw(self.cluster_prompts.shape[0])
+        if torch.equal(prompts, prompts[:1].expand_as(prompts)):
+            # from one text: clusters that are equal would stay so, since they get equal gradients
+            prompts = prompts + SPREAD * prompts.std() * torch.randn_like(prompts)
+        self.cluster_prompts.copy_(prompts)
+
+    def units(self, embedding_std: float) -> dict[str, float]:
+        """As for any kind, and one for the logits, at which a softmax changes."""
+        return super().units(embedding_std) | {"user_logits.weight": 1.0}
 
     @torch.no_grad()
     def resize(self, num_users: int) -> Self:

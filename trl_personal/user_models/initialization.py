@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 
 SOFT_PROMPT_INITS = ("sample_vocab", "random", "text")
+NUM_SAMPLED = 1024  # tokens whose embeddings tell mean and standard deviation
 
 
 def soft_prompt_drawer(
@@ -35,26 +36,40 @@ def soft_prompt_drawer(
     if soft_prompt_init == "text" and not text_ids:
         raise ValueError('`soft_prompt_init="text"` needs a text of at least one token in `soft_prompt_init_text`.')
     generator = torch.Generator().manual_seed(seed)
-    device = next(embedding.parameters()).device
-
-    @torch.no_grad()
-    def embed(ids: Tensor) -> Tensor:
-        rows: Tensor = embedding(ids.to(device)).float()
-        # a rank that waits for the weights of rank 0 (FSDP's efficient loading) gets the prompts from there too
-        return torch.zeros(rows.shape) if rows.is_meta else rows.cpu()
 
     def sample(size: int) -> Tensor:
-        return embed(torch.randint(vocab_size, (size,), generator=generator))
+        return _embed(embedding, torch.randint(vocab_size, (size,), generator=generator))
 
     def draw(n: int) -> Tensor:
         if soft_prompt_init == "text":
             repeats = -(-num_virtual_tokens // len(text_ids or ()))
             ids = torch.tensor(list(text_ids or ()) * repeats)[:num_virtual_tokens]
-            return embed(ids).expand(n, -1, -1).clone()
+            return _embed(embedding, ids).expand(n, -1, -1).clone()
         if soft_prompt_init == "random":
-            rows = sample(1024)
+            rows = sample(NUM_SAMPLED)
             noise = torch.randn(n, num_virtual_tokens, rows.shape[-1], generator=generator)
             return rows.mean() + rows.std() * noise
         return sample(n * num_virtual_tokens).view(n, num_virtual_tokens, -1)
 
     return draw
+
+
+def embedding_std(embedding: nn.Module, vocab_size: int) -> float:
+    """
+    The standard deviation of the values in the embeddings of 1,024 tokens, drawn with replacement. `embedding` is called as in
+    [`soft_prompt_drawer`]. 0.0 on a rank that waits for the weights of rank 0.
+
+    ```python
+    >>> embedding_std(nn.Embedding.from_pretrained(torch.tensor([[0.5, -0.5]])), vocab_size=1)
+    0.5001221299171448
+    ```
+    """
+    ids = torch.randint(vocab_size, (NUM_SAMPLED,), generator=torch.Generator().manual_seed(0))
+    return _embed(embedding, ids).std().item()
+
+
+@torch.no_grad()
+def _embed(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """Float32 embeddings on the CPU; zeros on a rank that waits for the weights of rank 0 (FSDP's efficient loading)."""
+    rows: Tensor = embedding(ids.to(next(embedding.parameters()).device)).float()
+    return torch.zeros(rows.shape) if rows.is_meta else rows.cpu()

@@ -59,3 +59,7 @@ class LowRankUserModel(UserModel):
             prompt.std() / self.shared_basis.std()
         )  # offsets on the scale of the model's embeddings
         self.generic_prompt.copy_(prompt)
+
+    def units(self, embedding_std: float) -> dict[str, float]:
+        """As for any kind, and for the factors what makes an offset on the scale of the basis of `user_rank` of them."""
+        return super().units(embedding_std) | {"user_factors.weight": len(self.shared_basis) ** -0.5}
