@@ -165,7 +165,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], ["generate", "--help"], ["generate"], ["dpo", "--user_id_columnn", "who"]]
+    "argv", [["--help"], ["--version"], ["generate", "--help"], ["generate"], ["dpo", "--user_column_id", "who"]]
 )
 def test_help_of_the_program_loads_nothing_but_the_standard_library(argv):
     script = f"""
