@@ -138,10 +138,11 @@ def test_a_card_says_which_files_are_which(tmp_path):
 
 
 def test_a_table_of_pairs_keeps_its_other_columns(tmp_path):
-    rows = [{**pair(user, n), "turn": n, "images": [Picture.new("RGB", (2, 2))]} for n, user in enumerate((1, 0, -1))]
-    rows += [{**pair(0, 9), "turn": 9, "images": [Picture.new("RGB", (2, 2))], "rejected": "yes"}]
+    picture = [Picture.new("RGB", (2, 2))]
+    rows = [{**pair(0, 9), "turn": 9, "images": picture, "rejected": "yes"}]
+    rows += [{**pair(user, n), "turn": n, "images": picture} for n, user in enumerate((1, 0, -1))]
     table = Dataset.from_list(rows).cast_column("user_id", ClassLabel(names=["ann", "bo"]))
-    DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "saved")
+    DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "saved")
     found = load(tmp_path / "saved")
     assert found["train"].features["images"].feature == Image()
     assert [(row["user_id"], row["turn"]) for row in found["train"]] == [("bo", 0), ("ann", 1), (None, 2)]
