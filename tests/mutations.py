@@ -9,15 +9,16 @@ The package and its tests are copied to a temporary folder and changed there; th
 killed if one of its test files fails, and survives if all pass: then a test is missing. The exit code is 1 if any survived,
 and 2 if a text to replace occurs no longer exactly once (the list is out of date) or the tests fail without a mutation.
 
-Takes about twenty minutes in one process on two CPU cores: ten to fifteen seconds a mutation, most of them for imports.
+The libraries are imported once; each mutation is tried in a fork. `--part 1/2` and `--part 2/2` share the list out.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
@@ -1697,32 +1699,52 @@ def mutated(root: Path, mutation: Mutation) -> Iterator[None]:
 
 
 def run_tests(root: Path, names: tuple[str, ...]) -> tuple[bool, str]:
-    """Whether the test files pass in the copy, and the first test that does not."""
-    environment = os.environ | {
-        "PYTHONPATH": str(root),
-        "PYTHONDONTWRITEBYTECODE": "1",  # a file changed twice in a second would keep its byte code
-        "TMPDIR": str(root / "tmp"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    """Whether the test files pass in the copy, and the first that does not. In a fork, which has the libraries already."""
     files = [f"tests/test_{name}.py" for name in names]
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *files]
-    try:
-        run = subprocess.run(
-            command,
-            cwd=root,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
-    except subprocess.TimeoutExpired:
+    with tempfile.TemporaryFile("w+") as output:
+        process = os.fork()
+        if process == 0:
+            os._exit(_run_pytest(root, files, output.fileno()))
+        code = _wait(process)
+        output.seek(0)
+        text = output.read()
+    if code is None:
         return False, "(timeout)"
-    if run.returncode not in (0, 1):  # 1: tests failed
-        raise RuntimeError(f"pytest could not run {files}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", run.stdout, re.MULTILINE)
-    return run.returncode == 0, failed[1] if failed else ""
+    if code not in (0, 1):  # 1: tests failed
+        raise RuntimeError(f"pytest could not run {files} (exit code {code}):\n{text[-3000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", text, re.MULTILINE)
+    return code == 0, failed[1] if failed else ""
+
+
+def _run_pytest(root: Path, files: list[str], output: int) -> int:
+    """What the fork does: a process group of its own, in the copy, from which alone the package is imported."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(root)
+    sys.path[:0] = [str(root)]
+    sys.argv = ["pytest"]
+    os.environ |= {"PYTHONPATH": str(root), "TMPDIR": str(root / "tmp")}
+    tempfile.tempdir = None
+    try:
+        return int(pytest.main(["-n", "0", "-x", "-q", "-p", "no:cacheprovider", *files]))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _wait(process: int) -> int | None:
+    """The exit code of a fork, or `None` if it took too long; what it started ends with it."""
+    until = time.monotonic() + TIMEOUT
+    while time.monotonic() < until:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
 
 
 def copy_repository(root: Path) -> None:
@@ -1736,13 +1758,26 @@ def copy_repository(root: Path) -> None:
     (root / "tmp").mkdir()
 
 
+def import_libraries() -> None:
+    """What every test needs, but not the package: a fork imports its own copy."""
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    sys.dont_write_bytecode = True  # a file changed twice in a second would keep its byte code
+    for name in ("trl", "trl.experimental", "peft", "bitsandbytes", "datasets", "matplotlib.figure", "scipy.stats"):
+        importlib.import_module(name)
+    importlib.import_module("trl").DPOTrainer  # noqa: B018 (TRL imports what is asked for)
+    importlib.import_module("torch").set_num_threads(1)
+
+
 def main() -> int:
     """Run the mutations that the command line asks for."""
     parser = argparse.ArgumentParser(description="Put mistakes into a copy of the package; some test has to fail.")
     parser.add_argument("--only", metavar="NAME", action="append", help="this mutation; may be given several times")
+    parser.add_argument("--part", metavar="I/N", default="1/1", help="the I-th of N parts of the list")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     arguments = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if mutation.name in (arguments.only or [mutation.name])]
+    part, parts = (int(number) for number in arguments.part.split("/"))
+    chosen = chosen[part - 1 :: parts]
     console = Console(highlight=False, markup=False)
     problems = [problem for mutation in MUTATIONS if (problem := what_is_wrong_with(mutation))]
     problems += [f"{name} is listed twice" for name, n in Counter(m.name for m in MUTATIONS).items() if n > 1]
@@ -1756,6 +1791,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = Path(folder)
         copy_repository(root)
+        import_libraries()
         for name in dict.fromkeys(name for mutation in chosen for name in mutation.tests):
             passed, failed = run_tests(root, (name,))
             if not passed:

@@ -18,6 +18,7 @@ from trl_personal import (
 from trl_personal.user_models import get_user_model_class
 from trl_personal.user_models.initialization import soft_prompt_drawer
 from trl_personal.user_models.movement import measure_movement
+from trl_personal.users import GENERIC_USER_INDEX
 
 
 def make(kind, num_users=3, seed=0, **options):
@@ -319,3 +320,23 @@ def test_clusters_from_one_text_are_apart_and_near_it():
     offsets = user_model.cluster_prompts - text
     assert offsets.std().item() == pytest.approx(0.1 * text.std().item(), rel=0.1)
     assert (offsets[0] - offsets[1]).abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["individual", "low_rank"])
+def test_the_generic_user_has_no_row_in_a_file(tmp_path, kind):
+    """Whatever stands there is written as zeros; a file that holds another row is of another kind, or damaged."""
+    user_model = make(kind)
+    ((name, table),) = user_model.row_tables().items()
+    table.weight.data[GENERIC_USER_INDEX] = 1.0
+    user_model.save_pretrained(tmp_path)
+    path = tmp_path / "user_model.safetensors"
+    saved = load_file(path)
+    assert not saved[f"{name}.weight"][GENERIC_USER_INDEX].any()
+    assert not UserModel.from_pretrained(tmp_path).get_submodule(name).weight[GENERIC_USER_INDEX].any()
+    saved[f"{name}.weight"][GENERIC_USER_INDEX] = 1.0
+    save_file(saved, path)
+    config = json.loads((tmp_path / "user_model_config.json").read_text())
+    del config["user_model_files"]  # as in folders of the first format, which have no fingerprints
+    (tmp_path / "user_model_config.json").write_text(json.dumps(config | {"format_version": 1}))
+    with pytest.raises(ValueError, match=f"Row 0 of `{name}.weight` in .*user_model.safetensors is not zero"):
+        UserModel.from_pretrained(tmp_path)

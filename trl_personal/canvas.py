@@ -1,10 +1,12 @@
 """What the pictures share: their colors, their size, and how many users still get a label."""
 
+from functools import cache
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 
 # told apart by colour-blind readers too (Okabe and Ito)
@@ -43,9 +45,37 @@ def tidy(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_users(axes: Axes, names: list[str]) -> None:
-    """The names of users below their columns, long ones cut."""
-    shown = [name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…" for name in names]
+def drawable(text: str) -> str:
+    """
+    `text` with the characters that the font lacks, such as emoji, as their code points: in a picture they would all be the
+    same box. A dollar sign is escaped, since a pair of them would be read as mathematics.
+
+    ```python
+    >>> drawable("ann \\U0001f984 5$")
+    'ann [1F984] 5\\\\$'
+    ```
+    """
+    known = _characters()
+    shown = "".join(c if ord(c) in known else f"[{ord(c):X}]" for c in text)
+    return shown.replace("$", r"\$")
+
+
+@cache
+def _characters() -> frozenset[int]:
+    """The code points that the default font has."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def short(name: str) -> str:
+    """A name of a user as it is drawn: cut if it is long."""
+    return drawable(name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…")
+
+
+def label_users(axes: Axes, names: list[str], numbers: list[int] | None = None) -> None:
+    """The names of users below their columns, long ones cut, with a number of pairs each if there are some."""
+    shown = [short(name) for name in names]
+    if numbers is not None:
+        shown = [f"{name} ({number:,})" for name, number in zip(shown, numbers, strict=True)]
     size = 9 if len(names) <= 12 else 7
     axes.set_xticks(range(len(names)), shown, rotation=35, ha="right", rotation_mode="anchor", fontsize=size)
     axes.set_xlim(-0.7, len(names) - 0.3)

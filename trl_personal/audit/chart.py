@@ -50,12 +50,12 @@ def _draw_pairs(axes: Axes, users: Sequence[UserAudit], min_pairs: int) -> None:
     axes.set_title("Pairs per user", loc="left")
     numbers = sorted((user.num_pairs for user in users), reverse=True)
     axes.fill_between(range(1, len(numbers) + 1), numbers, step="mid", color=PERSONAL, alpha=0.5)
-    axes.axhline(min_pairs, color=SHUFFLED, linewidth=1, label=f"{min_pairs} pairs")
+    axes.axhline(min_pairs, color=SHUFFLED, linewidth=1, label=f"least to learn from: {min_pairs} pairs")
     axes.set(xlabel="users, most pairs first", ylabel="pairs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if numbers and max(numbers) > 20 * np.median(numbers):
         axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)  # over no bar
 
 
 def _draw_room(axes: Axes, room: Room | None) -> None:
@@ -99,7 +99,8 @@ def _draw_tastes(axes: Axes, tastes: Sequence[Taste], certain: bool) -> None:
     tastes = tastes[:NUM_TASTES][::-1]
     axes.barh(range(len(tastes)), [taste.spread for taste in tastes], color=PERSONAL, alpha=0.6)
     axes.set_yticks(range(len(tastes)), [taste.feature.replace("_", " ") for taste in tastes])
-    axes.set(xlabel="spread over users of the share who choose more", xlim=(0, 0.5))
+    longest = max((taste.spread for taste in tastes), default=0.0)
+    axes.set(xlabel="spread over users of the share who choose more", xlim=(0, max(0.5, 1.05 * longest)))
 
 
 def _say(axes: Axes, text: str) -> None:

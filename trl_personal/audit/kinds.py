@@ -1,5 +1,6 @@
 """What the kinds of user models share between users, as rules on simple features, and which kind fits the data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,7 @@ def recommend(
     few_users = room.num_users <= USERS_FOR_INDIVIDUAL and pairs >= PAIRS_FOR_INDIVIDUAL
     order = ("individual", "cluster", "low_rank") if few_users else ("cluster", "low_rank", "individual")
     kind = next(kind for kind in order if kind == best or cluster_mean(scores[best] - scores[kind], prompts).low <= 0)
-    return Recommendation(kind, _why(room, kind, best, pairs), accuracies)
+    return Recommendation(kind, _why(room, kind, best, pairs, accuracies), accuracies)
 
 
 def _why_none(room: Room) -> str:
@@ -84,11 +85,15 @@ def _why_none(room: Room) -> str:
     return text + " A language model may see tastes that simple features do not."
 
 
-def _why(room: Room, kind: str, best: str, pairs: float) -> str:
+def _why(room: Room, kind: str, best: str, pairs: float, accuracies: Mapping[str, float]) -> str:
     size = f"{room.num_users:,} users with {pairs:.0f} pairs in the median"
-    choice = (
-        f"`{kind}` does best on held-out prompts" if kind == best else f"`{kind}` is not clearly worse than `{best}`"
-    )
+    equal = [f"`{other}`" for other, value in accuracies.items() if other != kind and value >= accuracies[best] - 5e-4]
+    if kind != best and accuracies[kind] < accuracies[best] - 5e-4:
+        choice = f"`{kind}` is not clearly worse than `{best}`"
+    elif equal:
+        choice = f"`{kind}` does as well on held-out prompts as {' and '.join(equal)}"
+    else:
+        choice = f"`{kind}` does best on held-out prompts"
     return (
         f"Simple rules of single users gain {room.gap:+.3f} over one for everybody on held-out prompts "
         f"(shuffled ids: {np.mean(room.shuffled_gaps):+.3f}, p = {room.p_value:.3f}). For {size}, {choice}."

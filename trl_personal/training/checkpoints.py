@@ -95,6 +95,11 @@ class CheckpointsMixin(Trainer):
         assert self.user_model is not None
         set_user_state(self.user_model, saved.state_dict())
 
+    def _local_name(self) -> str:
+        """The output folder as it was given, or its name: where a machine keeps its files is nobody's business."""
+        path = Path(str(self.args.output_dir))
+        return path.name if path.is_absolute() else str(path)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, with a section on users."""
         super().create_model_card(*args, **kwargs)
@@ -102,5 +107,5 @@ class CheckpointsMixin(Trainer):
             path = Path(str(self.args.output_dir)) / "README.md"
             card = ModelCard.load(path, ignore_metadata_errors=True)
             alpha = self.args.personalization_alpha
-            card.text = add_users_section(card.text, self.hub_model_id, self.user_model, alpha)
+            card.text = add_users_section(card.text, self.hub_model_id or self._local_name(), self.user_model, alpha)
             card.save(path)

@@ -5,13 +5,14 @@ import textwrap
 from ..user_models import UserModel
 
 
-def add_users_section(text: str, hub_model_id: str | None, user_model: UserModel, alpha: float) -> str:
+def add_users_section(text: str, name: str, user_model: UserModel, alpha: float) -> str:
     """
-    The text of TRL's model card with a section on users in front of its training procedure.
+    The text of TRL's model card with a section on users in front of its training procedure, and with a name for the model,
+    where TRL has none to write (`model="None"`).
 
     Args:
         text (`str`): The card, without its metadata.
-        hub_model_id (`str`, *optional*): The name of the repository, for the example.
+        name (`str`): The name of the repository or of the folder, for the examples.
         user_model (`UserModel`): The user model that the card is about.
         alpha (`float`): The `personalization_alpha` of the training.
     """
@@ -21,13 +22,14 @@ def add_users_section(text: str, hub_model_id: str | None, user_model: UserModel
         This model writes differently for different users. `user_model/` beside the weights maps {user_model.config.num_users}
         users to soft prompts of {user_model.config.num_virtual_tokens} vectors (kind `{user_model.kind}`,
         personalization_alpha {alpha}). Unknown users get the generic user's soft prompt. Loaded without
-        `trl_personal`, it is a plain language model.
+        `trl_personal`, it writes without any soft prompt, as it never did in training: nobody's answers, the generic user's
+        neither.
 
         ```python
         from transformers import AutoTokenizer
         from trl_personal import AutoPersonalizedModelForCausalLM
 
-        name = "{hub_model_id}"
+        name = "{name}"
         model = AutoPersonalizedModelForCausalLM.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         user_id = next(iter(model.user_vocab))
@@ -36,5 +38,7 @@ def add_users_section(text: str, hub_model_id: str | None, user_model: UserModel
         ```
 
         """)
+    for nothing, said in (('model="None"', f'model="{name}"'), ("[None](https://huggingface.co/None)", "a local model")):
+        text = text.replace(nothing, said)
     marker = "## Training procedure"
     return text.replace(marker, section + marker, 1) if marker in text else text + "\n" + section

@@ -14,6 +14,7 @@ from ...canvas import (
     ORANGE,
     PALETTE,
     PURPLE,
+    drawable,
     label_users,
     legend_below,
     new_figure,
@@ -53,7 +54,8 @@ def plot_report(path: str | Path, report: PersonalizationReport) -> None:
         _draw_curves(axes, users, scorers)
     axes.set_ylabel("pair accuracy")
     axes.set_ylim(-0.02, 1.02)
-    tidy(axes, "Pair accuracy by user" + (", with intervals" if few else f", {len(users):,} users"))
+    pairs = sum(user.num_pairs for user in users)
+    tidy(axes, "Pair accuracy by user (pairs)" if few else f"Pair accuracy of {len(users):,} users, {pairs:,} pairs")
     legend_below(figure, *axes.get_legend_handles_labels())
     figure.savefig(path)
 
@@ -80,7 +82,7 @@ def _draw_columns(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str
             linewidth=1,
             label=scorer.replace("_", " "),
         )
-    label_users(axes, [user.user_id or "generic user" for user in users])
+    label_users(axes, [user.user_id or "generic user" for user in users], [user.num_pairs for user in users])
 
 
 def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]) -> None:
@@ -97,6 +99,7 @@ def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]
     )
     for place, scorer in enumerate(scorers):
         values = sorted(user.accuracy[scorer].value for user in users)
-        axes.plot(share, values, color=_style(scorer, place)[0], linewidth=1.8, label=scorer.replace("_", " "))
+        width = 1.2 + 1.6 * (len(scorers) - 1 - place)  # where curves are equal, the wider ones are seen beside the last
+        axes.plot(share, values, color=_style(scorer, place)[0], linewidth=width, label=drawable(scorer.replace("_", " ")))
     axes.set_xlabel("% of users, each curve sorted by itself")
     axes.set_xlim(0, 100)

@@ -66,7 +66,7 @@ def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> dict[int, fl
 
 
 def _draw_panel(axes: Axes, title: str, curves: Sequence[tuple[Sequence[str], Mapping[int, float]]]) -> None:
-    for (_, label, color, line), points in curves:
+    for place, ((_, label, color, line), points) in enumerate(curves):
         steps = sorted(points)
         marker = "o" if (line == "--" and len(steps) <= MAX_MARKERS) or len(steps) == 1 else None
         values = [points[step] for step in steps]
@@ -74,7 +74,8 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[tuple[Sequence[str], Ma
         if len(values) > MAX_POINTS:
             axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.25)
             values = _running_mean(values, len(values) // 20)
-        axes.plot(steps, values, label=label, linewidth=1.4, alpha=0.9, **style)
+        width = 1.2 + 0.9 * (len(curves) - 1 - place)  # where curves are equal, the wider ones are seen beside the last
+        axes.plot(steps, values, label=label, linewidth=width, alpha=0.9, **style)
     if title == "Pair accuracy":
         axes.set_ylim(-0.02, 1.02)
         axes.axhline(0.5, color="black", linewidth=0.6, linestyle=":", zorder=0)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...arrays import FloatArray
-from ...canvas import GRAY, PALETTE, new_figure, tidy
+from ...canvas import GRAY, PALETTE, drawable, new_figure, short, tidy
 from ...user_models import UserModel
 from ...users import GENERIC_USER_INDEX, UserVocab
 
@@ -69,15 +69,16 @@ def plot_user_map(
     )
     if len(user_ids) <= MAX_NAMES:
         for name, point in zip(user_ids, points[1:], strict=True):
-            axes.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(short(name), point, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"first component ({shares[0]:.0%} of variance)")
     axes.set_ylabel(f"second component ({shares[1]:.0%})")
     axes.set(xticks=[], yticks=[])
     axes.margins(0.12)
+    axes.set_aspect("equal", adjustable="datalim")  # a component that shows nothing is not stretched
     counted = (
         f"{len(user_ids):,} of {len(user_vocab):,}" if len(user_ids) < len(user_vocab) else f"{len(user_vocab):,}"
     )
-    tidy(axes, f"Map of soft prompts, {counted} users" + (f", by {column}" if values and column else ""))
+    tidy(axes, f"Map of soft prompts, {counted} users" + (f", by {drawable(column)}" if values and column else ""))
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4, columnspacing=1.2)
     figure.savefig(path)
 
@@ -104,12 +105,12 @@ def _draw_points(figure: Figure, axes: Axes, points: FloatArray, values: list[An
     rest = ~known
     if known.any() and len(numbers) == known.sum() and len(set(numbers)) > len(PALETTE):
         shown = axes.scatter(points[known, 0], points[known, 1], c=numbers, cmap="viridis", **style)
-        figure.colorbar(shown, ax=axes, label=column, shrink=0.8)
+        figure.colorbar(shown, ax=axes, label=drawable(column), shrink=0.8)
     else:
         names = np.array([str(value) for value in values])
         frequent = [name for name, _ in Counter(names[known]).most_common(len(PALETTE))]
         for name, color in zip(sorted(frequent), PALETTE, strict=False):
-            axes.scatter(*points[known & (names == name)].T, color=color, label=name, **style)
+            axes.scatter(*points[known & (names == name)].T, color=color, label=drawable(name), **style)
         rest = rest | ~np.isin(names, frequent)
     if rest.any():
         axes.scatter(*points[rest].T, color=GRAY, zorder=0, label="others" if known.any() else "user", **style)
