@@ -1606,6 +1606,70 @@ MUTATIONS = [
         "",
         ("terminal",),
     ),
+    # --- One door for data
+    Mutation(
+        "a quote that is never closed ends a CSV file",
+        "data/text_files.py",
+        "lines.put_back(taken[1:])",
+        "pass",
+        ("malformed",),
+    ),
+    Mutation(
+        "two equal answers teach",
+        "preference_rows.py",
+        "if row[chosen] == row[rejected]:",
+        "if False:",
+        ("bad_input",),
+    ),
+    Mutation(
+        "rounded ids are users",
+        "users.py",
+        "if abs(value) > LARGEST_EXACT:",
+        "if False:",
+        ("users",),
+    ),
+    Mutation(
+        "12.0 in a CSV file is not 12",
+        "data/rows.py",
+        "user_id = whole_number(user_id)",
+        "whole_number(user_id)",
+        ("malformed",),
+    ),
+    Mutation(
+        "files that name no split are left out",
+        "data/folders.py",
+        "    if without:\n",
+        "    if False:\n",
+        ("malformed",),
+    ),
+    Mutation(
+        "the trainer tells what cannot teach and keeps it",
+        "training/teaching_rows.py",
+        "return dataset if len(kept) == len(dataset) else dataset.select(kept)",
+        "return dataset",
+        ("bad_input",),
+    ),
+    Mutation(
+        "a part of a mixture is not cut where its split says",
+        "cli/preferences.py",
+        "        found = _slice(found, plain, split)\n",
+        "        pass\n",
+        ("cli_data",),
+    ),
+    Mutation(
+        "tables keep rows that cannot teach",
+        "data/tables.py",
+        "table if len(kept) == len(table) else table.select(kept)",
+        "table.select(range(len(users)))",
+        ("cli_data",),
+    ),
+    Mutation(
+        "the report of a stream comes with each pass",
+        "data/pairs.py",
+        "            self.is_told = True\n",
+        "",
+        ("cli_data",),
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ OUTSIDE = {  # what a room, or a file of one, may import from outside the standa
     "users": set(),
     "files": {"filelock"},
     "agreement": {"numpy"},
+    "preference_rows": set(),
     "intervals": {"numpy", "scipy"},
     "user_models": {"torch", "safetensors", "huggingface_hub"},
     "models.soft_prompt": {"torch"},
@@ -30,7 +31,7 @@ OUTSIDE = {  # what a room, or a file of one, may import from outside the standa
     "data": {"datasets", "numpy"},
 }
 # rooms on the ground import no room above them; others import what ARROWS says, and those on the ground: arrows run down
-GROUND = {"_version", "agreement", "arrays", "canvas", "files", "intervals", "terminal", "users"}
+GROUND = {"_version", "agreement", "arrays", "canvas", "files", "intervals", "preference_rows", "terminal", "users"}
 ARROWS = {
     "user_column": set(),
     "user_profile": {"user_column"},

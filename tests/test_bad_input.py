@@ -36,11 +36,11 @@ def test_no_user_column(make_trainer, preferences):
 
 @pytest.mark.parametrize(
     ("user_ids", "found"),
-    [([1.5, 2.5] * 4, "float64"), ([[1], [2]] * 4, "List"), ([{"id": 1}] * 8, "dict"), ([True, False] * 4, "bool")],
+    [([[1], [2]] * 4, "List"), ([{"id": 1}] * 8, "dict"), ([True, False] * 4, "bool")],
 )
 def test_a_user_column_of_another_type(make_trainer, preferences, user_ids, found):
     with pytest.raises(
-        TypeError, match=f"Column `user_id` of the train dataset must hold text or integers.*found {found}"
+        TypeError, match=f"Column `user_id` of the train dataset must hold text or whole numbers.*found {found}"
     ):
         make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, user_ids)})
 
@@ -253,3 +253,62 @@ def test_known_users_who_are_left_out_of_the_vocabulary_are_told(make_trainer, p
 def test_a_vocabulary_that_is_one_text_is_refused(make_trainer):
     with pytest.raises(TypeError, match="must be a list of user ids, found str"):
         make_trainer(trainer_kwargs={"user_vocab": "alice"})
+
+
+# --- Rows that cannot teach, and ids that look alike --------------------------------------------------------------------
+
+
+SAME = {"prompt": "yes", "chosen": " no", "rejected": " no", "user_id": "ann"}
+BLANK_PROMPT = {"prompt": " ", "chosen": " yes", "rejected": " no", "user_id": "ann"}
+BLANK_ANSWER = {"prompt": "yes", "chosen": "", "rejected": " no", "user_id": "only-here"}
+WHY = "1 x `chosen` is blank, 1 x `prompt` is blank, 1 x both responses are the same"
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["dataset", "stream"])
+def test_rows_that_cannot_teach_are_counted_told_and_left_out(make_trainer, preferences, streams, caplog):
+    dataset = Dataset.from_list([SAME, *preferences, BLANK_PROMPT, BLANK_ANSWER])
+    data = dataset.to_iterable_dataset() if streams else dataset
+    trainer = make_trainer(trainer_kwargs={"train_dataset": data})
+    assert f"3 of 11 rows of the train dataset cannot teach and are left out: {WHY}." in caplog.text
+    assert list(trainer.user_vocab) == ["ann", "bo"]
+    expected = make_trainer().train_dataset["chosen_ids"][:]
+    assert [row["chosen_ids"] for row in trainer.train_dataset] == expected
+
+
+def test_rows_that_cannot_teach_are_left_out_of_an_evaluation(make_trainer, preferences, caplog):
+    expected = make_trainer().evaluate(preferences)
+    caplog.clear()
+    trainer = make_trainer(trainer_kwargs={"eval_dataset": {"held_out": Dataset.from_list([SAME, *preferences])}})
+    assert "1 of 9 rows of the held_out dataset cannot teach" in caplog.text
+    assert trainer.evaluate()["eval_held_out_loss"] == expected["eval_loss"]
+    assert trainer.evaluate(Dataset.from_list([SAME, *preferences]))["eval_loss"] == expected["eval_loss"]
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["dataset", "stream"])
+def test_a_dataset_that_cannot_teach_at_all_is_refused(make_trainer, streams):
+    dataset = Dataset.from_list([SAME, BLANK_PROMPT])
+    with pytest.raises(
+        ValueError, match="train dataset (can teach: 1 x `prompt` is blank, 1 x both|has no row that can teach)"
+    ):
+        make_trainer(trainer_kwargs={"train_dataset": dataset.to_iterable_dataset() if streams else dataset})
+
+
+def test_ids_that_look_alike_are_told_without_naming_them(make_trainer, preferences, caplog):
+    trainer = make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, ["Ann", "ann ", "bo", "cy"] * 2)})
+    assert "2 user ids are 1 but for white space, letter case or the way they are written" in caplog.text
+    assert len(trainer.user_vocab) == 4
+    assert "ann" not in caplog.text.lower().replace("cannot", "")
+    caplog.clear()
+    make_trainer(trainer_kwargs={"user_vocab": ["ANN", "bo"]})  # the dataset has `ann`
+    assert "2 user ids are 1 but for" in caplog.text
+
+
+def test_integers_that_pandas_made_floats_are_the_same_users(make_trainer, preferences):
+    frame = preferences.to_pandas()
+    frame["user_id"] = [12, 7] * 4
+    frame.loc[3, "user_id"] = float("nan")
+    assert str(frame["user_id"].dtype) == "float64"
+    trainer = make_trainer(trainer_kwargs={"train_dataset": Dataset.from_pandas(frame)})
+    assert list(trainer.user_vocab) == ["12", "7"]
+    with pytest.raises(TypeError, match="Row 0 of the train dataset, column `user_id`: .* whole number .* found 1.5"):
+        make_trainer(trainer_kwargs={"train_dataset": with_users(preferences, [1.5, 2.5] * 4)})

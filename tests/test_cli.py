@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -132,14 +133,21 @@ def test_help_names_the_commands_and_the_exit_codes(capsys):
     )
 
 
-def test_help_of_dpo_ends_with_the_settings_of_users(capsys):
+def test_help_of_dpo_begins_with_the_settings_of_users_and_names_each_flag_once(capsys):
     assert run_and_exit("dpo", "--help") == 0
     text = capsys.readouterr().out
-    ours = text.split("settings of users:")[1]
-    assert "--user_model_kind  How users become soft prompts" in ours
+    before, ours, columns, data, others = re.split(
+        r"\n(?:settings of users|columns of the data|model and data|other .*):\n", text
+    )
+    assert before.startswith("usage: trl-personal dpo --model_name_or_path MODEL --dataset_name DATASET")
+    assert "  --user_model_kind {individual,cluster,low_rank,none,...}\n" in ours
     assert "(default: individual)" in ours
-    assert "--learning_rate" not in ours
-    assert "--dataset_test_split" in text
+    assert "--response_columns TEXT [TEXT ...]" in columns
+    assert "--dataset_test_split TEXT" in data
+    assert "--learning_rate X" in others
+    flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
+    assert len(flags) == len(set(flags)) > 150
+    assert "--user-model-kind" not in text
 
 
 def test_help_of_generate_eval_and_info(capsys):
@@ -156,7 +164,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"trl-personal {trl_personal.__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["generate"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["generate", "--help"], ["generate"], ["dpo", "--user_column_id", "who"]]
+)
 def test_help_of_the_program_loads_nothing_but_the_standard_library(argv):
     script = f"""
         import sys
@@ -190,8 +200,29 @@ def test_the_program_is_installed_under_its_name():
         (["info"], "the following arguments are required: model"),
         (["dpo"], "required: --model_name_or_path"),
         (["dpo", "--model_name_or_path", "m"], "required: --dataset_name"),
-        (["dpo", "--num_clusters", "0"], "`num_clusters` must be at least 1, got 0."),
+        (["dpo", "--num_clusters", "0"], "`--num_clusters` must be at least 1, got 0."),
+        (["dpo", "--learning_rate", "-1"], "`--learning_rate` must be at least 0, got -1.0."),
+        (["dpo", "--beta", "0"], "`--beta` must be above 0, got 0.0."),
         (["dpo", "--user_model_kind", "nobody"], "no user model of kind 'nobody'"),
+        (["dpo", "--user_model_kind", "nobody"], "Or set `--user_model_kind none` for TRL's own trainer"),
+        (
+            ["generate", "--model", "m", "--prompt", "a", "--top_p", "5"],
+            "must be a number above 0 and at most 1, got '5'",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "a", "--temperature", "-1"],
+            "must be a number at least 0, got '-1'",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "a", "--temperature", "nan"],
+            "must be a number at least 0, got 'nan'",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "a", "--repetition_penalty", "0"],
+            "must be a number above 0, got '0'",
+        ),
+        (["generate", "--model", "m", "--prompt", "a", "--seed", "-1"], "must be an integer from 0 to 4294967295"),
+        (["eval", "m", "--dataset_name", "d", "--beta", "inf"], "must be a number above 0, got 'inf'"),
         (["dpo", "--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["dpo", "--config"], "argument --config: expected one argument"),
         (["dpo", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
@@ -205,9 +236,9 @@ def test_wrong_usage_exits_with_2(argv, message, capsys):
 @pytest.mark.parametrize(
     ("extra", "unknown"),
     [
-        (["--nmu_clusters", "4"], "--nmu_clusters 4"),
+        (["--nmu_clusters", "4"], "--nmu_clusters. Did you mean --num_clusters?"),
         (["--no_such_flag"], "--no_such_flag"),
-        (["--num_processes", "2", "--bogus=1"], "--bogus=1"),
+        (["--num_processes", "2", "--bogus=1"], "--bogus"),
     ],
 )
 def test_an_argument_that_neither_trl_nor_accelerate_knows_exits_with_2(command, extra, unknown, capsys):
@@ -239,7 +270,7 @@ def test_an_argument_that_neither_trl_nor_accelerate_knows_exits_with_2(command,
         (["generate", "--model", "m", "--prompt", "a", "--users", ","], "There is no user id in --users."),
         (
             ["dpo", "--model_name_or_path", "{gptj}", "--dataset_name", "no.jsonl"],
-            "dpo: error: There is no file no.jsonl.",
+            "dpo: error: There is no file or folder no.jsonl.",
         ),
         (["--import_module", "no.py", "info", "m"], "There is no file no.py, named by --import_module."),
         (["--import_module", "no_module", "info", "m"], "ModuleNotFoundError: No module named 'no_module'"),
@@ -374,7 +405,7 @@ def test_yaml_has_the_mixture_and_the_command_line_wins(model_dirs, tmp_path):
 def test_an_unknown_name_in_yaml_exits_with_2(command, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("num_cluster: 4\n")
     assert run_and_exit(*command, "--config", str(tmp_path / "config.yaml")) == 2
-    assert "unrecognized arguments: --num_cluster 4" in capsys.readouterr().err
+    assert "unrecognized arguments: --num_cluster 4. Did you mean --num_clusters?" in capsys.readouterr().err
 
 
 def test_a_missing_test_split_is_named(command, tmp_path, capsys):
@@ -583,8 +614,8 @@ def test_user_ids_in_csv_stay_text(tmp_path):
 
 def test_csv_files_of_excel_begin_with_a_mark_that_is_no_text(tmp_path):
     path = tmp_path / "preferences.tsv"
-    path.write_text("user_id\tprompt\n007\tä\n", encoding="utf-8-sig")
-    assert load(path)["train"].to_list() == [{"user_id": "007", "prompt": "ä"}]
+    path.write_text("user_id\tprompt\tchosen\trejected\n007\tä\tb\tc\n", encoding="utf-8-sig")
+    assert load(path)["train"].to_list() == [{"user_id": "007", "prompt": "ä", "chosen": "b", "rejected": "c"}]
     path.write_text("")
     with pytest.raises(ValueError, match="preferences.tsv is empty; its first line must name the columns"):
         load(path)

@@ -277,9 +277,9 @@ def test_broken_rows_are_counted_with_their_reasons(write):
     rows += [pair(rejected=["x"]), pair(chosen=None, rejected=" "), pair(chosen="Black."), pair(chosen="\ud83d")]
     dataset, report = load(write(rows))
     assert report.broken == {
-        "not a JSON object": 1,
+        "not JSON": 1,
         "no `user_id`": 1,
-        "`user_id` is neither text nor an integer": 2,
+        "`user_id` is neither text nor a whole number": 2,
         "`prompt` is blank": 1,
         "no `chosen`": 2,
         "`rejected` is not text": 1,
@@ -393,11 +393,20 @@ def test_files_that_do_not_fit_are_refused(write, tmp_path):
         load(tmp_path / "object.json")
 
 
-def test_text_for_messages_leaves_nothing_and_says_why(write):
-    row = pair(prompt="Tea?", chosen=[message("assistant", "a")], rejected=[message("assistant", "b")])
-    with pytest.raises(ValueError, match=r"No preference pair is left(.|\n)*1 x `prompt` is not a list of messages"):
-        load(write([row]))
-    with pytest.raises(ValueError, match=r"1 x `prompt=None` takes the prompt from messages"):
+def test_text_among_messages_becomes_a_message(write):
+    answers = {"chosen": [message("assistant", "a")], "rejected": [message("assistant", "b")]}
+    dataset, _ = load(write([pair(prompt="Tea?", **answers)]))
+    assert dataset["train"]["prompt"][:] == [[message("user", "Tea?")]]
+    dataset, _ = load(write([pair(prompt=[message("user", "Tea?")], chosen="a", rejected="b")]))
+    assert dataset["train"]["prompt"][:] == [[message("user", "Tea?")]]
+    assert orders(dataset) == [(answers["chosen"], answers["rejected"])]
+
+
+def test_prompt_is_what_two_texts_share_up_to_a_space(write):
+    dataset, _ = load(write([pair(chosen="Tea? Green.", rejected="Tea? Black.")]), prompt=None)
+    assert dataset["train"]["prompt"][:] == ["Tea?"]
+    assert orders(dataset) == [(" Green.", " Black.")]
+    with pytest.raises(ValueError, match=r"1 x no prompt, and two texts that share no start, first in .*, line 1"):
         load(write([pair()]), prompt=None)
 
 

@@ -190,9 +190,10 @@ def test_broken_rows_are_counted_with_their_reasons(write, caplog):
         dataset, report = load(write(rows))
     assert dataset["train"]["user_id"][:] == ["w", "7"]
     assert report.broken == {
-        "not a JSON object": 2,
+        "not a JSON object": 1,
+        "not JSON": 1,
         "no `worker`": 2,
-        "`worker` is neither text nor an integer": 1,
+        "`worker` is neither text nor a whole number": 1,
         "`choice` is neither 0 nor 1": 2,
         "`split` is neither train nor valid...": 1,
         "`summaries` is not a list of two objects": 1,
@@ -340,7 +341,7 @@ def test_wrong_schema_names_what_is_missing_and_what_was_found(write):
 def test_missing_empty_and_unknown_files_are_refused(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no file or folder .*gone.jsonl"):
         load_tldr(tmp_path / "gone.jsonl")
-    with pytest.raises(ValueError, match="no rows that can be read"):
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: not JSON"):
         load_tldr(write(["", "nothing here"]))
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(ValueError, match=r"must be a file of type .*\.jsonl.*, found \['\.xlsx'\]"):

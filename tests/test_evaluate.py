@@ -200,12 +200,12 @@ def test_every_baseline(planted, folders):
             ["--baselines", "best"],
             "There is no baseline 'best'. Choose from vanilla, user_id_text, in_context, lora_per_user.",
         ),
-        (["--user_id_column", "who"], "The evaluation dataset has no `who` column"),
-        (["--opposite_column", "taste"], "The evaluation dataset has no `taste` column"),
+        (["--user_id_column", "who"], "has no column ['who']; found ['chosen', 'preference', 'prompt',"),
+        (["--opposite_column", "taste"], "has no column ['taste']; found ['chosen', 'preference',"),
         (["--dataset_test_split", "dev"], "The dataset has no split 'dev' to evaluate on"),
         (["--vanilla", "some/where", "--baselines", "vanilla"], "leave one of them out"),
         (["--vanilla", "somewhere"], "There is no folder somewhere."),
-        (["--train_dataset", "nowhere.jsonl", "--baselines", "vanilla"], "There is no file nowhere.jsonl"),
+        (["--train_dataset", "nowhere.jsonl", "--baselines", "vanilla"], "There is no file or folder nowhere.jsonl"),
     ],
 )
 def test_wrong_arguments_are_one_line(planted, folders, capsys, arguments, message):

@@ -57,7 +57,7 @@ def test_means_are_over_users_and_not_over_pairs():
 
 def test_a_tie_is_not_right(make_trainer, preferences):
     row = preferences[0]
-    same = Dataset.from_list([{**row, "rejected": row["chosen"]}])
+    same = Dataset.from_list([{**row, "rejected": row["chosen"] + " "}])  # other text, the same tokens
     metrics = make_trainer().evaluate(same)
     assert metrics["eval_users/accuracy_mean"] == 0.0
     assert metrics["eval_users/accuracy_swapped"] == 0.0

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from trl_personal import GENERIC_USER_INDEX, UserVocab
+from trl_personal.users import find_variants
 
 
 def test_rows_follow_the_given_order_after_the_generic_user():
@@ -64,7 +65,7 @@ def test_repr_names_nobody():
         ([7, "7"], ValueError, "'7' occurs twice"),
         ([""], ValueError, "empty text"),
         ([None], ValueError, "known users only"),
-        ([1.5], TypeError, "text or an integer .* found float"),
+        ([1.5], TypeError, "text or a whole number .* found 1.5"),
         ([True], TypeError, "found bool"),
         ([["ann"]], TypeError, "found list"),
     ],
@@ -103,12 +104,25 @@ def test_integers_of_numpy_and_torch_are_users(user_id):
 
 
 @pytest.mark.parametrize(
-    "user_id", [7.0, True, np.bool_(True), torch.tensor(True), np.float32(7), float("nan"), b"7", (7,), torch.ones(2)]
+    "user_id", [7.5, True, np.bool_(True), torch.tensor(True), np.float32(7), float("inf"), b"7", (7,), torch.ones(2)]
 )
 def test_other_values_are_no_users(user_id):
-    with pytest.raises(TypeError, match="A user id must be a text or an integer"):
+    with pytest.raises(TypeError, match="A user id must be a text or (an integer|a whole number)"):
         UserVocab(["alice"]).encode([user_id])
     assert user_id not in UserVocab(["7", "True", "1", "7.0"])
+
+
+def test_a_whole_float_is_the_integer_that_pandas_made_it_of():
+    assert UserVocab(["7", "bo"]).encode([7.0, "7", 7, -7.0, float("nan")]) == [1, 1, 1, 0, 0]
+    assert list(UserVocab([12.0, 2.0**53])) == ["12", str(2**53)]
+    with pytest.raises(TypeError, match="the float 1e.17, which several integers are rounded to"):
+        UserVocab([1e17])
+
+
+def test_variants_of_one_id_are_found_and_kept_apart():
+    ids = ["ann", "Ann", "ann ", "Zoe\u0308", "Zo\u00eb", "bo", "a\u200bnn", "7", "7.0", "007"]
+    assert find_variants(ids) == [["ann", "Ann", "ann ", "a\u200bnn"], ["Zoe\u0308", "Zo\u00eb"], ["7", "7.0"]]
+    assert len(UserVocab(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("row", [-1, 3, 100])

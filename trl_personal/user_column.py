@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets.features.features import Value
 from tqdm.auto import tqdm
 
-from .users import UserVocab, as_user_id
+from .users import UserVocab, as_user_id, describe_variants, find_variants
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def check_user_column(dataset: AnyDataset, column: str, name: str) -> None:
 
     Raises:
         `ValueError`: if it is empty, or has no column `column`. `TypeError`: if the column holds neither text nor
-        integers.
+        numbers.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The {name} dataset has no rows.")
@@ -53,9 +53,9 @@ def _check_type(features: Features | None, column: str, name: str) -> None:
     dtype = feature.dtype if isinstance(feature, Value) else None
     if hasattr(feature, "names"):  # ClassLabel: integers
         dtype = "int64"
-    if dtype is None or not dtype.startswith(("string", "large_string", "int", "uint", "null")):
+    if dtype is None or not dtype.startswith(("string", "large_string", "int", "uint", "null", "float64")):
         raise TypeError(
-            f"Column `{column}` of the {name} dataset must hold text or integers (or None, for the generic user), found "
+            f"Column `{column}` of the {name} dataset must hold text or whole numbers (or None, for the generic user), found "
             f"{dtype or type(feature).__name__}. Turn it into text, e.g. with `dataset.cast_column({column!r}, "
             'Value("string"))`.'
         )
@@ -109,6 +109,17 @@ def warn_of_missing_users(user_ids: Sequence[str | None], name: str) -> None:
         )
 
 
+def warn_of_variants(user_ids: Iterable[str], name: str) -> None:
+    """Say that ids differ only in white space, case or the way they are written; they are not put together."""
+    groups = find_variants(user_ids)
+    if groups:
+        logger.warning(
+            "Users of the %s dataset: %s. `trl-personal audit --list_users` lists them.",
+            name,
+            describe_variants(groups),
+        )
+
+
 def iterate_user_ids(dataset: AnyDataset, column: str, name: str) -> Iterator[str | None]:
     """
     The user of each row, as text. Streams are read once, with a progress bar.
@@ -136,6 +147,8 @@ def collect_users(dataset: AnyDataset, column: str, name: str = "train") -> User
         `ValueError`: if no row has a user; or as [`iterate_user_ids`].
     """
     found = list(iterate_user_ids(dataset, column, name))
+    if not found:
+        raise ValueError(f"The {name} dataset has no row that can teach.")
     user_ids = dict.fromkeys(found)
     user_ids.pop(None, None)
     if not user_ids:

@@ -1,7 +1,10 @@
 """The users of a model: a text id for each row of the user table."""
 
 import json
-from collections import Counter
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from operator import index
 from pathlib import Path
@@ -15,17 +18,22 @@ USERS_FILE = "users.json"
 
 UserId = str | int | None
 
+LARGEST_EXACT = 2**53  # beyond it, neighbouring integers become the same float
+WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")  # as pandas writes an integer where a column has a gap
+ROUNDED_NUMBER = re.compile(r"-?\d(?:\.\d+)?e\+\d+", re.IGNORECASE)  # as pandas writes a float above 1e16
+
 
 def as_user_id(value: object) -> str | None:
     """
-    A raw user id as the text it is stored under; `None` stays `None` (the generic user).
+    A raw user id as the text it is stored under; `None` stays `None` (the generic user). A float that is a whole number is
+    that number, and NaN is `None`: pandas turns a column of integers into floats where one of them is missing.
 
     Raises:
-        `TypeError`: for anything but `str`, `int` and `None`. `ValueError`: for an empty text.
+        `TypeError`: for anything but `str`, `int`, `None` and whole numbers. `ValueError`: for an empty text.
 
     ```python
-    >>> as_user_id(7), as_user_id("alice"), as_user_id(None)
-    ('7', 'alice', None)
+    >>> as_user_id(7), as_user_id("alice"), as_user_id(None), as_user_id(7.0)
+    ('7', 'alice', None, '7')
     ```
     """
     if value is None:
@@ -35,12 +43,84 @@ def as_user_id(value: object) -> str | None:
         if not value:
             raise ValueError("A user id is an empty text. Give the user an id, or use `None` for the generic user.")
         return str(value)
+    if isinstance(value, float):
+        return None if math.isnan(value) else _whole(value)
     if not _is_integer(value):
         raise TypeError(
             f"A user id must be a text or an integer (or `None` for the generic user), found "
             f"{type(value).__name__}. Turn the column into text, e.g. with `dataset.cast_column`."
         )
     return str(index(value))  # type: ignore[arg-type]
+
+
+def _whole(value: float) -> str:
+    if not value.is_integer():
+        raise TypeError(f"A user id must be a text or a whole number (or `None` for the generic user), found {value}.")
+    if abs(value) > LARGEST_EXACT:
+        raise TypeError(
+            f"A user id is the float {value:g}, which several integers are rounded to. Keep the column as integers or text."
+        )
+    return str(int(value))
+
+
+def whole_number(text: str) -> str:
+    """
+    A whole number in a file without types as it would be written without a gap in its column; other text stays as it is.
+
+    Raises:
+        `ValueError`: for a number so large that it was rounded.
+
+    ```python
+    >>> whole_number("12.0"), whole_number("-3.0"), whole_number("007"), whole_number("1.5")
+    ('12', '-3', '007', '1.5')
+    ```
+    """
+    found = WHOLE_NUMBER.fullmatch(text)
+    if ROUNDED_NUMBER.fullmatch(text) or (found and abs(int(found[1])) > LARGEST_EXACT):
+        raise ValueError(f"{text} is a number that was rounded when it was written.")
+    return found[1] if found else text
+
+
+def find_variants(user_ids: Iterable[str]) -> list[list[str]]:
+    """
+    Ids that differ only in white space, letter case, Unicode normalization or characters that do not show, and numbers
+    written as `12` and `12.0`: each list is perhaps one person.
+
+    ```python
+    >>> find_variants(["ann", "bo", "Ann ", "12", "bob", "12.0"])
+    [['ann', 'Ann '], ['12', '12.0']]
+    ```
+    """
+    alike: dict[str, dict[str, None]] = defaultdict(dict)
+    for user_id in user_ids:
+        alike[_plain(user_id)][user_id] = None
+    return [list(group) for group in alike.values() if len(group) > 1]
+
+
+def _plain(user_id: str) -> str:
+    text = user_id
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    text = " ".join(text.casefold().split())
+    found = WHOLE_NUMBER.fullmatch(text)
+    return found[1] if found else text
+
+
+def describe_variants(groups: Sequence[Sequence[str]]) -> str:
+    """
+    What to say of the groups of [`find_variants`], without the ids.
+
+    ```python
+    >>> describe_variants([["ann", "Ann "], ["12", "12.0"]])
+    '4 user ids are 2 but for white space, letter case or the way they are written; each counts as a user of its own'
+    ```
+    """
+    number = sum(map(len, groups))
+    return (
+        f"{number} user ids are {len(groups)} but for white space, letter case or the way they are written; each counts as a "
+        "user of its own"
+    )
 
 
 def _is_integer(value: object) -> bool:

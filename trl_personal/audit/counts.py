@@ -31,6 +31,7 @@ class Counts:
         num_pairs, num_users, num_prompts (`int`): Number of pairs, and of distinct users and prompts among them.
         num_pairs_without_user (`int`): Number of pairs without a user id. They train the generic user.
         num_identical (`int`): Number of rows that were left out because their two answers are the same.
+        num_blank (`int`): Number of other rows that were left out because their prompt or an answer is blank.
         pairs_per_user (`dict[str, float]`): The `min`, `p10`, `median`, `mean`, `p90` and `max` number of pairs of a user.
         min_pairs (`int`): Number of pairs below which a user has too few to learn from.
         num_users_with_few_pairs (`int`): Number of users with fewer pairs than `min_pairs`.
@@ -42,6 +43,7 @@ class Counts:
     num_prompts: int
     num_pairs_without_user: int
     num_identical: int
+    num_blank: int
     pairs_per_user: dict[str, float]
     min_pairs: int
     num_users_with_few_pairs: int
@@ -84,6 +86,7 @@ def count(table: PreferenceTable, min_pairs: int) -> Counts:
         num_prompts=len(np.unique(table.prompts)),
         num_pairs_without_user=int((~owned).sum()),
         num_identical=table.num_identical,
+        num_blank=table.num_blank,
         pairs_per_user={
             "min": float(per_user.min(initial=0) if not len(per_user) else per_user.min()),
             "p10": float(low),

@@ -1,7 +1,7 @@
 """Preference data as arrays: who judged what, about which prompt, in which split."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class PreferenceTable:
         prompt_texts, chosen_texts, rejected_texts (`list[str]`): The texts of each pair. The messages of a conversation are
             joined by newlines.
         num_identical (`int`): Number of rows whose two answers are the same. Nothing else here counts them.
+        num_blank (`int`): Number of other rows with a blank prompt or answer. Nothing else here counts them either.
     """
 
     user_ids: list[str]
@@ -48,6 +49,7 @@ class PreferenceTable:
     chosen_texts: list[str]
     rejected_texts: list[str]
     num_identical: int
+    num_blank: int
 
     def __len__(self) -> int:
         return len(self.users)
@@ -81,13 +83,18 @@ def read_preferences(
         columns = _columns(split, name, split_column)
         split_of += [name] * len(columns["chosen"]) if split_column is None else map(str, columns[split_column])
         texts += [_texts_of(row, name, number) for number, row in enumerate(_rows(columns))]
-    kept = [row for row, (_, chosen, rejected) in enumerate(texts) if chosen != rejected]
+    differ = [row for row, (_, chosen, rejected) in enumerate(texts) if chosen != rejected]
+    kept = [row for row in differ if all(text.strip() for text in texts[row])]
     if not kept:
         raise ValueError(
-            f"There are no pairs to audit: {len(texts)} rows were read, and in none do the answers differ."
+            f"There are no pairs to audit: {len(texts)} rows were read, and none has a prompt and two answers that differ."
         )
     return _table(
-        [users[row] for row in kept], [texts[row] for row in kept], [split_of[row] for row in kept], len(texts)
+        [users[row] for row in kept],
+        [texts[row] for row in kept],
+        [split_of[row] for row in kept],
+        num_identical=len(texts) - len(differ),
+        num_blank=len(differ) - len(kept),
     )
 
 
@@ -103,7 +110,11 @@ def _user_ids(split: AnyDataset, column: str, name: str) -> list[str | None]:
 
 
 def _table(
-    users: Sequence[str | None], texts: Sequence[tuple[str, str, str]], split_of: Sequence[str], num_rows: int
+    users: Sequence[str | None],
+    texts: Sequence[tuple[str, str, str]],
+    split_of: Sequence[str],
+    num_identical: int,
+    num_blank: int,
 ) -> PreferenceTable:
     known, user_ids = encode([user for user in users if user is not None])
     codes = np.full(len(users), NO_USER, dtype=np.intp)
@@ -124,7 +135,8 @@ def _table(
         prompt_texts=prompts,
         chosen_texts=chosen,
         rejected_texts=rejected,
-        num_identical=num_rows - len(users),
+        num_identical=num_identical,
+        num_blank=num_blank,
     )
 
 
@@ -144,8 +156,14 @@ def _columns(split: AnyDataset, name: str, split_column: str | None) -> dict[str
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[tuple[Any, Any, Any]]:
-    prompts = columns.get("prompt", [None] * len(columns["chosen"]))
+    if "prompt" in columns:
+        return [tuple("" if value is None else value for value in row) for row in _in_rows(columns)]  # type: ignore[misc]
+    prompts = [None] * len(columns["chosen"])
     return list(zip(prompts, columns["chosen"], columns["rejected"], strict=True))
+
+
+def _in_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[tuple[Any, Any, Any]]:
+    return zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True)
 
 
 def _texts_of(row: tuple[Any, Any, Any], name: str, number: int) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from ..agreement import Agreement, encode, measure_agreement
 from ..arrays import FloatArray, IntArray
 from ..files import write_atomically
 from ..user_column import AnyDataset
+from ..users import describe_variants, find_variants
 from .counts import Counts, Leakage, SplitCounts, count, count_splits, find_leakage
 from .kinds import Recommendation, recommend
 from .preferences import NO_USER, PreferenceTable, read_preferences
@@ -44,6 +45,7 @@ class Audit:
         recommendation ([`Recommendation`]): Which user model to train, if any.
         notes (`tuple[str, ...]`): Sentences on the data and the estimates. They name no user.
         users (`tuple[UserAudit, ...]`): What was found for each user, in order of first appearance.
+        variants (`tuple[tuple[str, ...], ...]`): Ids that differ only in white space, letter case or the way they are written.
     """
 
     counts: Counts
@@ -55,9 +57,10 @@ class Audit:
     recommendation: Recommendation
     notes: tuple[str, ...]
     users: tuple[UserAudit, ...]
+    variants: tuple[tuple[str, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers, for JSON. The ids of users are in `users` only."""
+        """Plain dictionaries, lists and numbers, for JSON. The ids of users are in `users` and `variants` only."""
         return asdict(self)
 
     def save(self, folder: str | Path) -> None:
@@ -114,6 +117,7 @@ def audit_preferences(
     table = read_preferences(dataset_or_splits, user_id_column, split_column)
     counts = count(table, min_pairs)
     leakage = find_leakage(table)
+    variants = find_variants(table.user_ids)
     owned = np.flatnonzero(table.users != NO_USER)
     rows = _drawn_rows(table.users, owned, seed)
     differences = _differences(table, rows)
@@ -129,8 +133,9 @@ def audit_preferences(
         room=room,
         tastes=find_tastes(differences, users),
         recommendation=recommendation,
-        notes=tuple(_notes(counts, leakage, room, len(owned) - len(rows))),
+        notes=tuple(_notes(counts, leakage, room, len(owned) - len(rows), variants)),
         users=_audit_users(table, rows, scores),
+        variants=tuple(map(tuple, variants)),
     )
     logger.info(
         "Audited %d pairs of %d users; recommended user model: %s.",
@@ -192,8 +197,10 @@ def _audit_users(table: PreferenceTable, rows: IntArray, scores: RoomScores | No
     )
 
 
-def _notes(counts: Counts, leakage: Leakage | None, room: Room | None, num_left_out: int) -> list[str]:
-    notes = []
+def _notes(
+    counts: Counts, leakage: Leakage | None, room: Room | None, num_left_out: int, variants: list[list[str]]
+) -> list[str]:
+    notes = [f"{describe_variants(variants)}."] if variants else []
     if counts.num_users_with_few_pairs:
         notes.append(
             f"{counts.num_users_with_few_pairs:,} of {counts.num_users:,} users have fewer than {counts.min_pairs} pairs: too "
@@ -203,6 +210,8 @@ def _notes(counts: Counts, leakage: Leakage | None, room: Room | None, num_left_
         notes.append(f"{counts.num_pairs_without_user:,} pairs have no user. They train the generic user.")
     if counts.num_identical:
         notes.append(f"{counts.num_identical:,} rows have two equal answers and were left out.")
+    if counts.num_blank:
+        notes.append(f"{counts.num_blank:,} rows have a blank prompt or answer and were left out.")
     if leakage and leakage.same_comparison:
         notes.append(
             f"{leakage.same_comparison:,} of {leakage.num_other_pairs:,} pairs outside `{leakage.reference}` compare answers "

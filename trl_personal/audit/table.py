@@ -28,6 +28,7 @@ def audit_table(audit: Audit, list_users: bool = False) -> RenderableType:
     parts: list[RenderableType] = [table, *(Text(f"note: {note}") for note in audit.notes)]
     if list_users:
         parts.append(_users(audit))
+        parts += [Text(f"perhaps one user: {printable(', '.join(map(repr, group)))}") for group in audit.variants]
     return Group(*parts)
 
 

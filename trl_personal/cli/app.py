@@ -8,10 +8,25 @@ from importlib import import_module
 from pathlib import Path
 
 from ..terminal import printable
-from .arguments import make_audit_parser, make_eval_parser, make_generate_parser, make_info_parser, make_main_parser
+from .arguments import (
+    PROG,
+    make_audit_parser,
+    make_eval_parser,
+    make_generate_parser,
+    make_info_parser,
+    make_main_parser,
+)
+from .words import in_flags
+from .wrong_flags import find_wrong_flag, flags_of_dpo
 
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+PARSERS = {
+    "audit": make_audit_parser,
+    "eval": make_eval_parser,
+    "generate": make_generate_parser,
+    "info": make_info_parser,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,21 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug or arguments.debug:
             traceback.print_exc()
-        sys.stderr.write(f"trl-personal {options.command}: error: {one_line(error)}\n")
+        text = in_flags(one_line(error), _flags_of(options.command))
+        sys.stderr.write(f"trl-personal {options.command}: error: {text}\n")
         return 1
 
 
 def _parse_command(options: Namespace) -> Namespace:
-    """The arguments of the command; those of `dpo` need TRL and are parsed later."""
-    if options.command == "audit":
-        return make_audit_parser().parse_args(options.arguments)
-    if options.command == "eval":
-        return make_eval_parser().parse_args(options.arguments)
-    if options.command == "generate":
-        return make_generate_parser().parse_args(options.arguments)
-    if options.command == "info":
-        return make_info_parser().parse_args(options.arguments)
+    """The arguments of the command. Those of `dpo` need TRL and are parsed later, but a wrong flag is told now."""
+    if options.command in PARSERS:
+        return PARSERS[options.command]().parse_args(options.arguments)
+    if (wrong := find_wrong_flag(options.arguments)) is not None:
+        sys.stderr.write(f"{PROG} dpo: error: {wrong}\nSee `{PROG} dpo --help`.\n")
+        raise SystemExit(2)
     return Namespace(debug=False)
+
+
+def _flags_of(command: str) -> dict[str, str]:
+    """The flags of a command whose names can be nothing but an argument: those of one word are names of columns too."""
+    flags = PARSERS[command]()._option_string_actions if command in PARSERS else flags_of_dpo()
+    return {flag[2:]: flag[2:] for flag in flags if flag.startswith("--") and "_" in flag}
 
 
 def _run(options: Namespace, arguments: Namespace) -> int:

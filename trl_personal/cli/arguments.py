@@ -1,8 +1,13 @@
 """The options of `trl-personal` and its commands. Only the standard library, so that `--help` is fast."""
 
+import math
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .._version import __version__
+from .wrong_flags import unknown_arguments
 
 
 PROG = "trl-personal"
@@ -20,6 +25,90 @@ commands:
 
 exit codes: 0 fine, 1 an error at run time (one line on stderr), 2 wrong usage
 """
+
+
+class CommandParser(ArgumentParser):
+    """A parser that answers a wrong flag with the nearest right one."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As in argparse."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(unknown_arguments(unknown, self._option_string_actions))
+        return parsed
+
+
+@dataclass
+class ColumnArguments:
+    """Which column of the data holds what, for all commands that read preferences: the loaders' arguments."""
+
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column with the prompt; without one, both answers may begin with it."}
+    )
+    chosen_column: str = field(default="chosen", metadata={"help": "Column with the preferred answer."})
+    rejected_column: str = field(default="rejected", metadata={"help": "Column with the other answer."})
+    response_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns with the answers, or one column with a list of them, for choices, ratings and rankings. With one "
+            "answer a row, those of a user to a prompt are put together."
+        },
+    )
+    choice_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that says which of --response_columns is best: its number from 0, or its column's name."
+        },
+    )
+    choice_values: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What other values of --choice_column mean, such as A=0 B=1 draw=tie.",
+            "metavar": "VALUE=N",
+        },
+    )
+    rating_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns (or one with a list) with the rating of each answer; higher is better."},
+    )
+    ranking_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns (or one with a list) with the rank of each answer; 1 is best."}
+    )
+    ties: str = field(
+        default="skip",
+        metadata={
+            "help": "What to make of two equally good answers: leave them out, or one pair each way.",
+            "choices": ["skip", "both"],
+        },
+    )
+
+    @classmethod
+    def of(cls, arguments: Any) -> "ColumnArguments":
+        """Those among the arguments of a command."""
+        return cls(**{setting.name: getattr(arguments, setting.name) for setting in fields(cls)})
+
+
+def _add_column_options(parser: ArgumentParser, default_user_column: str) -> None:
+    group = parser.add_argument_group("columns of the data")
+    group.add_argument(
+        "--user_id_column",
+        metavar="NAME",
+        help=f"column with the user of each row; default: {default_user_column}",
+    )
+    for setting in fields(ColumnArguments):
+        options = {"metavar": "NAME", **setting.metadata}
+        if "choices" in options:
+            del options["metavar"]
+        if "list" in str(setting.type):
+            options["nargs"] = "+"
+        text = options.pop("help")
+        default = "" if setting.default is None else f"; default: {setting.default}"
+        group.add_argument(
+            f"--{setting.name}",
+            default=setting.default,
+            help=f"{text[0].lower()}{text[1:].rstrip('.')}{default}",
+            **options,
+        )
 
 
 def make_main_parser() -> ArgumentParser:
@@ -55,7 +144,7 @@ def make_main_parser() -> ArgumentParser:
 
 def make_audit_parser() -> ArgumentParser:
     """The options of `trl-personal audit`."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=f"{PROG} audit",
         description="Say what preference data allow, before anything is trained: users, agreement, leakage between splits, "
         "and whether there is room for personalization on simple features of the texts.",
@@ -64,12 +153,7 @@ def make_audit_parser() -> ArgumentParser:
     )
     parser.add_argument("dataset", help="a file, a folder of files or of `save_to_disk`, or a name on the hub")
     parser.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
-    parser.add_argument(
-        "--user_id_column",
-        default="user_id",
-        metavar="NAME",
-        help="column with the user of each row; default: user_id",
-    )
+    _add_column_options(parser, "user_id")
     parser.add_argument(
         "--split_column", metavar="NAME", help="column with the split of each row, if one file has several"
     )
@@ -86,7 +170,7 @@ def make_audit_parser() -> ArgumentParser:
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed for folds and shuffles; default: 0"
+        "--seed", type=_seed, default=0, metavar="N", help="random seed for folds and shuffles; default: 0"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -94,7 +178,7 @@ def make_audit_parser() -> ArgumentParser:
 
 def make_eval_parser() -> ArgumentParser:
     """The options of `trl-personal eval`."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=f"{PROG} eval",
         description="Say whether users gain from their own soft prompts: pair accuracy with the user's own prompt, the "
         "generic prompt and another user's prompt, against vanilla DPO on all users and other baselines, with intervals and a "
@@ -116,13 +200,11 @@ def make_eval_parser() -> ArgumentParser:
         "--dataset_train_split", default="train", metavar="NAME", help="split with these pairs; default: train"
     )
     data.add_argument(
-        "--user_id_column", metavar="NAME", help="column with the user of each row; default: that of the training"
-    )
-    data.add_argument(
         "--opposite_column",
         metavar="NAME",
         help="column with the preference of each user: pairs are scored with the prompt of an opposite user too",
     )
+    _add_column_options(parser, "that of the training")
     _add_baseline_options(parser)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
@@ -138,7 +220,12 @@ def make_eval_parser() -> ArgumentParser:
     parser.add_argument(
         "--batch_size", type=_positive, default=8, metavar="N", help="pairs scored at a time; default: 8"
     )
-    parser.add_argument("--beta", type=float, metavar="B", help="beta of DPO; default: that of the training")
+    parser.add_argument(
+        "--beta",
+        type=_above_zero,
+        metavar="B",
+        help="beta of DPO; default: that of the training",
+    )
     parser.add_argument(
         "--max_length", type=_positive, metavar="N", help="tokens of a row at most; default: as in the training"
     )
@@ -147,7 +234,9 @@ def make_eval_parser() -> ArgumentParser:
     )
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampled answers; default: 0")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="random seed for sampled answers; default: 0"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -173,7 +262,7 @@ def _add_baseline_options(parser: ArgumentParser) -> None:
 
 def make_generate_parser() -> ArgumentParser:
     """The options of `trl-personal generate`."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=f"{PROG} generate",
         description="Generate an answer to every prompt for every user, in batches.",
         epilog="A user who is not in the model gets the generic user's answers and is marked as unknown.",
@@ -209,14 +298,22 @@ def _add_generation_options(parser: ArgumentParser) -> None:
         "--max_new_tokens", type=_positive, default=128, metavar="N", help="tokens of an answer at most; default: 128"
     )
     group.add_argument("--do_sample", action="store_true", help="sample tokens; implied by --temperature and --top_p")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token, without sampling")
     group.add_argument(
-        "--top_p", type=float, metavar="P", help="sample from the likeliest tokens, of probability P together"
+        "--temperature", type=_from_zero, metavar="T", help="0 takes the likeliest token, without sampling"
     )
     group.add_argument(
-        "--repetition_penalty", type=float, metavar="R", help="above 1, tokens that occurred before are less likely"
+        "--top_p",
+        type=_share,
+        metavar="P",
+        help="sample from the likeliest tokens, of probability P together",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling; default: 0")
+    group.add_argument(
+        "--repetition_penalty",
+        type=_above_zero,
+        metavar="R",
+        help="above 1, tokens that occurred before are less likely",
+    )
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed for sampling; default: 0")
     group.add_argument(
         "--batch_size", type=_positive, default=8, metavar="N", help="answers written at a time; default: 8"
     )
@@ -238,7 +335,7 @@ def _add_loading_options(parser: ArgumentParser) -> None:
 
 def make_info_parser() -> ArgumentParser:
     """The options of `trl-personal info`."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=f"{PROG} info",
         description="Say what a trained model is. The language model's weights are not loaded.",
         allow_abbrev=False,
@@ -251,6 +348,34 @@ def make_info_parser() -> ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if not (text.isascii() and text.isdecimal() and len(text) < 19) or int(text) == 0:
         raise ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 19) or int(text) >= 2**32:
+        raise ArgumentTypeError(f"must be an integer from 0 to {2**32 - 1}, got {text!r}")
+    return int(text)
+
+
+def _from_zero(text: str) -> float:
+    return _number(text, "at least 0", lambda number: number >= 0)
+
+
+def _above_zero(text: str) -> float:
+    return _number(text, "above 0", lambda number: number > 0)
+
+
+def _share(text: str) -> float:
+    return _number(text, "above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
+def _number(text: str, allowed: str, is_allowed: Callable[[float], bool]) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or not is_allowed(number):
+        raise ArgumentTypeError(f"must be a number {allowed}, got {text!r}")
+    return number

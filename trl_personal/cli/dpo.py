@@ -2,13 +2,11 @@
 
 import gc
 import traceback
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from shutil import get_terminal_size
-from textwrap import fill
 from typing import Any, NoReturn
 
 import torch
@@ -26,30 +24,65 @@ from trl import (
 from yaml import YAMLError
 
 from .. import PersonalizedDPOConfig, PersonalizedDPOTrainer
-from .arguments import PROG
+from .arguments import PROG, ColumnArguments
 from .launch import launch, needs_launcher, parse_launch_arguments
-from .preferences import load_preferences, select_split
+from .model_folder import check_model_name
+from .preferences import check_dataset_name, load_preferences, select_split
+from .words import in_flags
 
 
 DESCRIPTION = """\
-Train a language model on the preferences of users. The arguments are those of `trl dpo`, with the settings of users
-listed at the end; the dataset has one more column, `user_id`. `--config FILE.yaml` reads arguments from a file.
+Train a language model on the preferences of users. The arguments are those of `trl dpo`, after the settings of users;
+the dataset has one more column, `user_id`. `--config FILE.yaml` reads arguments from a file.
 Arguments of `accelerate launch` (--num_processes, --multi_gpu, ...) and `--accelerate_config` go to accelerate.
 Without an accelerator, `--use_cpu true --bf16 false` is the default.
 """
 
 
-DATACLASSES: Any = (ScriptArguments, PersonalizedDPOConfig, ModelConfig, DatasetMixtureConfig)
+DATACLASSES: Any = (ScriptArguments, PersonalizedDPOConfig, ModelConfig, DatasetMixtureConfig, ColumnArguments)
+
+
+USAGE = f"{PROG} dpo --model_name_or_path MODEL --dataset_name DATASET [--output_dir FOLDER] [settings]"
+NEEDED = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
+NAMES_OF_VALUES: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    pass
+    """Each flag once, without its spelling with hyphens."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        flags = [flag for flag in action.option_strings if "-" not in flag[2:]] or list(action.option_strings)
+        if action.nargs == 0:
+            return ", ".join(flags)
+        default = NAMES_OF_VALUES.get(action.type, "VALUE")
+        return f"{', '.join(flags)} {self._format_args(action, default)}"
 
 
 class _Parser(TrlParser):
+    def format_help(self) -> str:
+        """What a user of this package comes for first; then the arguments of `trl dpo`."""
+        formatter = self._get_formatter()
+        formatter.add_usage(USAGE, (), ())
+        formatter.add_text(self.description)
+        users = _names_of(PersonalizedDPOConfig) - _names_of(DPOConfig)
+        columns = _names_of(ColumnArguments)
+        actions = self._actions
+        sections = {
+            "settings of users": [action for action in actions if action.dest in users],
+            "columns of the data": [action for action in actions if action.dest in columns],
+            "model and data": [action for action in actions if action.dest in NEEDED],
+            "other arguments of trl dpo": [a for a in actions if a.dest not in {*users, *columns, *NEEDED}],
+        }
+        for title, listed in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(listed)
+            formatter.end_section()
+        return formatter.format_help()
+
     def error(self, message: str) -> NoReturn:
         """As in argparse, without the usage of hundreds of options."""
-        self.exit(2, f"{self.prog}: error: {message}\nSee `{self.prog} --help`.\n")
+        flags = {flag[2:]: flag[2:] for flag in self._option_string_actions if flag.startswith("--")}
+        self.exit(2, f"{self.prog}: error: {in_flags(message, flags)}\nSee `{self.prog} --help`.\n")
 
 
 def run_dpo(options: Namespace) -> int:
@@ -60,6 +93,8 @@ def run_dpo(options: Namespace) -> int:
         launch_arguments = parse_launch_arguments(remaining, _worker_command(options))
     except ValueError as error:
         parser.error(str(error))
+    check_dataset_name(None if settings[3].datasets else settings[0].dataset_name)
+    check_model_name(str(settings[2].model_name_or_path), is_base=True)
     if not options.no_launch and needs_launcher(remaining):
         return launch(launch_arguments)
     train(*settings)
@@ -72,7 +107,6 @@ def make_parser() -> TrlParser:
         DATACLASSES,
         prog=f"{PROG} dpo",
         description=DESCRIPTION,
-        epilog=_help_on_users(),
         formatter_class=_Formatter,
     )
     parser.set_defaults(**machine_defaults())
@@ -100,7 +134,7 @@ def parse(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
         parsed = parser.parse_args_and_config(args, return_remaining_strings=True)
     except (ValueError, TypeError, OSError, YAMLError) as error:
         parser.error(" ".join(str(error).split()))
-    script_args, _, model_args, dataset_args, _ = parsed
+    script_args, _, model_args, dataset_args, *_ = parsed
     if model_args.model_name_or_path is None:
         parser.error("the following argument is required: --model_name_or_path (a folder, or a name on the hub)")
     if script_args.dataset_name is None and not dataset_args.datasets:
@@ -116,10 +150,17 @@ def train(
     training_args: PersonalizedDPOConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    columns: ColumnArguments,
 ) -> None:
     """Load, train, save, and push if asked to."""
     set_seed(training_args.seed)  # each process draws the same `test_split_size` rows
-    dataset = load_preferences(script_args, dataset_args)
+    dataset = load_preferences(
+        script_args,
+        dataset_args,
+        columns,
+        user_id_column=training_args.user_id_column,
+        user_profile_column=training_args.user_profile_column,
+    )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -128,14 +169,16 @@ def train(
         **dict(training_args.model_init_kwargs or {}),  # type: ignore[arg-type]
     }
     evaluates = training_args.eval_strategy != "no"
-    trainer = PersonalizedDPOTrainer(
-        model=str(model_args.model_name_or_path),
-        args=training_args,
-        train_dataset=select_split(dataset, script_args.dataset_train_split, "train"),
-        eval_dataset=select_split(dataset, script_args.dataset_test_split, "test") if evaluates else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    name = str(model_args.model_name_or_path)
+    with _no_folder_is_told(name):
+        trainer = PersonalizedDPOTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=select_split(dataset, script_args.dataset_train_split, "train"),
+            eval_dataset=select_split(dataset, script_args.dataset_test_split, "test") if evaluates else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     if script_args.ignore_bias_buffers:  # as in `trl dpo`
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers  # type: ignore[assignment]
@@ -162,6 +205,17 @@ def _checkpoint(training_args: PersonalizedDPOConfig) -> str | bool | None:
 
 
 @contextmanager
+def _no_folder_is_told(name: str) -> Iterator[None]:
+    """A model that is nowhere is perhaps a mistyped folder, which the hub cannot know."""
+    try:
+        yield
+    except OSError as error:
+        if not Path(name).is_dir():
+            error.add_note(f"(There is no folder {name}, so it was looked up on the hub.)")
+        raise
+
+
+@contextmanager
 def _traceback_in(folder: Path, process_index: int) -> Iterator[None]:
     """Keep the traceback of an error in `folder`: a run of days is not repeated to see it."""
     try:
@@ -181,10 +235,5 @@ def _worker_command(options: Namespace) -> list[str]:
     return [*flags, *modules, "--no_launch", "dpo", *options.arguments]
 
 
-def _help_on_users() -> str:
-    known = {field.name for field in fields(DPOConfig)}
-    ours = [field for field in fields(PersonalizedDPOConfig) if field.name not in known]
-    lines = [f"--{field.name}  {field.metadata['help']} (default: {field.default})" for field in ours]
-    width = get_terminal_size().columns - 2
-    wrapped = [fill(line, width, initial_indent="  ", subsequent_indent=" " * 24) for line in lines]
-    return "\n".join(["settings of users:", *wrapped])
+def _names_of(dataclass: Any) -> set[str]:
+    return {field.name for field in fields(dataclass)}

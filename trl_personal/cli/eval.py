@@ -11,10 +11,13 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_pr
 from rich.console import Console
 from trl import DatasetMixtureConfig, ScriptArguments
 
+from ..data.generic import Splits
 from ..evaluation import ModelEvaluation, evaluate_model, personalization_table
 from ..terminal import json_line
+from ..training.settings import read_training_settings
+from .arguments import ColumnArguments
 from .model_folder import check_model_name
-from .preferences import Splits, load_preferences, select_split
+from .preferences import load_preferences, select_split
 from .quantization import quantization_config
 
 
@@ -26,7 +29,7 @@ def run_eval(arguments: Namespace) -> None:
     for name in (arguments.model, arguments.vanilla):
         if name is not None:
             check_model_name(name)
-    splits = _load(arguments.dataset_name, arguments.dataset_config)
+    splits = _load(arguments, arguments.dataset_name, arguments.dataset_config)
     with redirect_stdout(sys.stderr), _bars() as hidden:  # progress does not go where the result goes
         evaluation = evaluate_model(
             arguments.model,
@@ -72,8 +75,16 @@ def _bars() -> Iterator[bool]:
             enable_progress_bars()
 
 
-def _load(name: str, config: str | None) -> Splits:
-    return load_preferences(ScriptArguments(dataset_name=name, dataset_config=config), DatasetMixtureConfig())
+def _load(arguments: Namespace, name: str, config: str | None) -> Splits:
+    settings = read_training_settings(arguments.model)
+    return load_preferences(
+        ScriptArguments(dataset_name=name, dataset_config=config),
+        DatasetMixtureConfig(),
+        ColumnArguments.of(arguments),
+        user_id_column=arguments.user_id_column or settings.get("user_id_column", "user_id"),
+        user_profile_column=settings.get("user_profile_column"),
+        extra_columns=[arguments.opposite_column],
+    )
 
 
 def _test_split(splits: Splits, name: str | None) -> Dataset:
@@ -88,7 +99,7 @@ def _train_split(splits: Splits, arguments: Namespace) -> Dataset | None:
     if not arguments.baselines:
         return None
     if arguments.train_dataset is not None:
-        found = _load(arguments.train_dataset, None)
+        found = _load(arguments, arguments.train_dataset, None)
         return _rows(select_split(found, arguments.dataset_train_split, "train"))
     name = arguments.dataset_train_split
     return _rows(splits[name]) if name in splits and len(splits) > 1 else None

@@ -12,6 +12,8 @@ from accelerate.commands.config import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from .wrong_flags import flags_of_dpo, unknown_arguments
+
 
 MODULE = "trl_personal.cli"
 
@@ -34,7 +36,7 @@ def parse_launch_arguments(launch_arguments: list[str], worker_command: list[str
     if arguments.training_script != MODULE:  # the value of an unknown option
         unknown.append(arguments.training_script)
     if unknown:
-        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+        raise ValueError(unknown_arguments(unknown, flags_of_dpo()))
     return arguments
 
 

@@ -8,16 +8,18 @@ from huggingface_hub import snapshot_download
 SMALL_FILES = ["config.json", "adapter_config.json", "training_settings.json", "user_model/*"]
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, is_base: bool = False) -> None:
     """
-    Tell a mistyped path from a name on the hub, which is always `owner/name`.
+    Tell a mistyped path from a name on the hub, which is always `owner/name`; some base models are older than that rule.
 
     Raises:
         `FileNotFoundError`: if `name` is no folder and cannot be on the hub.
     """
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    slashes = (0, 1) if is_base else (1,)
+    if not Path(name).is_dir() and (name.count("/") not in slashes or not name or name.startswith((".", "/", "~"))):
+        what = "holds a model" if is_base else "training wrote"
         raise FileNotFoundError(
-            f"There is no folder {name}. Give one that training wrote, or a name on the hub, `owner/name`."
+            f"There is no folder {name}. Give one that {what}, or a name on the hub, `owner/name`."
         )
 
 

@@ -1,20 +1,31 @@
 """Any preference data with users: say which columns hold what."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset, DatasetDict, Features, Value
 
-from .columns import Columns, as_columns, is_conversational, is_one_response_a_row, number_of, pairs_of_row
+from ..user_column import AnyDataset, with_user_names
+from .columns import (
+    Columns,
+    as_columns,
+    as_text,
+    is_conversational,
+    is_one_response_a_row,
+    number_of,
+    pairs_of_row,
+    user_of,
+)
 from .messages import prompt_features
-from .pairs import OnReport, make_splits
-from .rows import Row, SkippedRow, user_id_of
-from .source import JSON_LINE, JSON_LINE_FEATURES, check_columns, open_source, parse_row, peek
+from .pairs import OnReport, make_splits, make_streams
+from .rows import Row, SkippedRow
+from .source import RowSource, Source, TableSource, columns_of, open_source, peek
 from .splits import TEST, TRAIN, SourceSplits, SplitRule, choose_split_rule
+from .tables import keep_rows_that_teach
 
 
 def load_generic(
@@ -32,6 +43,7 @@ def load_generic(
     ties: Literal["skip", "both"] = "skip",
     user_profile: str | None = None,
     split: str | None = None,
+    missing_user: Literal["skip", "generic"] = "skip",
     test_size: float | None = None,
     unknown_users: float = 0.0,
     seed: int = 0,
@@ -40,7 +52,7 @@ def load_generic(
     on_report: OnReport | None = None,
 ) -> DatasetDict:
     """
-    Preferences from a JSON, CSV or parquet file, or from the Hub, in any of four forms:
+    Preferences from a file or a folder of JSON, CSV, parquet or Arrow, or from the Hub, in any of four forms:
 
     - *pairs*: columns `chosen` and `rejected`;
     - *a choice* among `responses`: `choice` has the number of the best one (from 0), its column's name, or a value that
@@ -51,12 +63,18 @@ def load_generic(
 
     `responses`, `ratings` and `ranking` are the names of several columns, or of one column with a list.
 
-    Prompt and responses are text or messages, as they are in the data. With `prompt=None` each response is a whole
-    conversation, and what they share at the start is the prompt.
+    Prompt and responses are text or messages, as they are in the data; where one of them has messages, a text becomes a
+    message too. With `prompt=None` each response is a whole text or conversation, whose prompt is what they share at the
+    start.
+
+    Rows that cannot be read, or cannot teach, are left out and counted with their reason and the place of the first one.
 
     Args:
-        name_or_path (`str` or `Path`): A set on the Hub, a file, or a folder with files of one type.
-        user_id (`str`): Name of the column with the user, text or integers.
+        name_or_path (`str` or `Path`): A set on the Hub, a file (`.json`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, these also with
+            `.gz`, `.parquet` or `.arrow`), a folder with files of one type, whose names may say their splits, or a folder that
+            `save_to_disk` wrote.
+        user_id (`str`): Name of the column with the user, text or whole numbers. 12.0 is user 12, as pandas writes integers
+            where a column has a gap.
         prompt (`str`, *optional*): Name of the column with the prompt.
         chosen (`str`): Name of the column with the preferred response. It is not read if `responses` is given.
         rejected (`str`): Name of the column with the other response. It is not read if `responses` is given.
@@ -71,6 +89,8 @@ def load_generic(
         user_profile (`str`, *optional*): Name of the column with the text about the user.
         split (`str`, *optional*): Name of the column with the row's split: `train`, or a word that starts with test, valid,
             dev or eval.
+        missing_user (`str`, defaults to `"skip"`): What to make of rows without a user: `"skip"` counts them in the report,
+            `"generic"` gives them to the generic user.
         test_size (`float`, *optional*): Share of the prompts in `test`. `None` keeps the splits of a source that has several,
             and means 0.1 for one that has none. It cannot be given with `split`.
         unknown_users (`float`): Share of the users to keep for `test_unknown_users`. It cannot be given with `split`.
@@ -96,6 +116,8 @@ def load_generic(
     """
     if ties not in ("skip", "both"):
         raise ValueError(f'`ties` must be "skip" or "both", found {ties!r}.')
+    if missing_user not in ("skip", "generic"):
+        raise ValueError(f'`missing_user` must be "skip" or "generic", found {missing_user!r}.')
     columns = Columns(
         user_id=user_id,
         prompt=prompt,
@@ -108,33 +130,109 @@ def load_generic(
         ranking=as_columns(ranking),
         user_profile=user_profile,
         split=split,
+        missing_user=missing_user,
     )
     sources = open_source(name_or_path, config_name=config_name, revision=revision)
-    rows = peek(next(iter(sources.values())))
-    check_columns(rows, columns.needed(), str(name_or_path), "Say which columns hold what, e.g. `prompt=...`.")
     rule = _split_rule(sources, split, test_size, unknown_users, seed)
-    conversational = is_conversational(rows, columns)
+    return make_pairs(sources, columns, rule, name=str(name_or_path), ties=ties, on_report=on_report)
+
+
+Splits: TypeAlias = Mapping[str, AnyDataset]
+
+
+def read_splits(
+    sources: dict[str, Source],
+    columns: Columns,
+    *,
+    name: str,
+    ties: str = "skip",
+    streaming: bool = False,
+    also: Sequence[str] = (),
+    on_report: OnReport | None = None,
+) -> Splits:
+    """
+    The pairs of a source in its own splits, as [`load_generic`] makes them, under the names that TRL reads; users and profiles
+    keep the names of their columns. A table of pairs keeps its other columns too, such as images.
+
+    Args:
+        sources (`dict`): Raw rows per split of the source, from [`~data.source.open_source`].
+        columns ([`Columns`]): Which column holds what. If there is none for the prompt, answers may begin with it.
+        name (`str`): Name of the source, for the report.
+        ties (`str`): What to make of two equally good responses.
+        streaming (`bool`): Whether to read the rows while they are iterated.
+        also (`Sequence[str]`): Columns to keep if they are there.
+        on_report (`Callable`, *optional*): Function that is called with each [`LoadReport`].
+
+    Raises:
+        `ValueError`: as [`load_generic`].
+    """
+    tables = {split: source.table for split, source in sources.items() if isinstance(source, TableSource)}
+    are_pairs = columns.responses is None and len(tables) == len(sources)
+    if are_pairs and not streaming and all(isinstance(table, Dataset) for table in tables.values()):
+        return keep_rows_that_teach(sources, columns, name, on_report)
+    rule = SourceSplits(tuple(sources))
+    found_there = columns_of(peek((placed for source in sources.values() for placed in source), name))
+    if typed := sorted({"images", "image", "chat_template_kwargs"} & set(found_there)):
+        raise ValueError(
+            f"{name} has the column {typed[0]!r}, which only tables of pairs can hold: parquet, Arrow or `save_to_disk`."
+        )
+    columns = replace(columns, extra=(*columns.extra, *(column for column in also if column in found_there)))
+    found = make_pairs(sources, columns, rule, name=name, ties=ties, streaming=streaming, on_report=on_report)
+    names = {"user_id": columns.user_id, "user_profile": columns.user_profile}
+    changed = {old: new for old, new in names.items() if new is not None and old != new}
+    return {split: table.rename_columns(changed) if changed else table for split, table in found.items()}
+
+
+def make_pairs(
+    sources: dict[str, Source],
+    columns: Columns,
+    rule: SplitRule,
+    *,
+    name: str,
+    ties: str,
+    streaming: bool = False,
+    on_report: OnReport | None = None,
+) -> Any:
+    """The work that every door shares: look at the first rows, make pairs of all of them, count what gives none."""
+    sources = {split: _with_user_names(source, columns.user_id) for split, source in sources.items()}
+    first = peek((placed for source in sources.values() for placed in source), name)
+    if columns.prompt is not None:
+        columns = columns.with_implicit_prompt(first)
+    for split, source in sources.items():
+        columns.check(peek(source, f"{name}, {split}") if len(sources) > 1 else first, name)
+    conversational = is_conversational(first, columns)
     joined_rows = 0
     broken: Counter[str] = Counter()
-    if is_one_response_a_row(rows, columns):
-        sources, joined_rows = _join_rows(sources, columns, broken)
+    places: dict[str, str] = {}
+    if is_one_response_a_row(first, columns):
+        sources, joined_rows = _join_rows(sources, columns, broken, places)
     features = prompt_features(conversational) | {"user_id": Value("string")}
-    if user_profile is not None:
-        features["user_profile"] = Value("string")
+    features |= {} if columns.user_profile is None else {"user_profile": Value("string")}
+    features |= {column: Value("string") for column in columns.extra}
+    work = partial(pairs_of_row, columns=columns, conversational=conversational, ties=ties)
+    if streaming:
+        return make_streams(sources, work, Features(features), name=name, on_report=on_report)
     return make_splits(
         sources,
-        partial(pairs_of_row, columns=columns, conversational=conversational, ties=ties),
+        work,
         Features(features),
         rule,
-        name=str(name_or_path),
+        name=name,
         rows_read=joined_rows,
         broken=broken,
+        places=places,
         on_report=on_report,
     )
 
 
+def _with_user_names(source: Source, column: str) -> Source:
+    if not isinstance(source, TableSource):
+        return source
+    return TableSource(with_user_names(source.table, column), source.name)
+
+
 def _split_rule(
-    sources: dict[str, Dataset], split: str | None, test_size: float | None, unknown_users: float, seed: int
+    sources: dict[str, Source], split: str | None, test_size: float | None, unknown_users: float, seed: int
 ) -> SplitRule:
     if split is None:
         return choose_split_rule(sources, test_size, unknown_users, seed)
@@ -145,29 +243,36 @@ def _split_rule(
     return SourceSplits((TRAIN, TEST))
 
 
-def _join_rows(sources: dict[str, Dataset], columns: Columns, broken: Counter[str]) -> tuple[dict[str, Dataset], int]:
+def _join_rows(
+    sources: dict[str, Source], columns: Columns, broken: Counter[str], places: dict[str, str]
+) -> tuple[dict[str, Source], int]:
     """One row for all responses of a user to a prompt, and how many rows went into other ones."""
     response, score = str(columns.responses), str(columns.ratings or columns.ranking)
-    shared = [column for column in (columns.user_id, columns.prompt, columns.user_profile, columns.split) if column]
-    joined: dict[str, Dataset] = {}
+    shared = [column for column in (columns.prompt, columns.user_profile, columns.split, *columns.extra) if column]
+    joined: dict[str, Source] = {}
     rows_read = 0
     for source_split, source in sources.items():
-        groups: dict[str, Row] = {}
-        for raw in source:
+        groups: dict[str, tuple[str, Row]] = {}
+        for place, row in source:
             rows_read += 1
-            row = parse_row(raw)
             try:
-                if row is None:
-                    raise SkippedRow("not a JSON object")
-                user_id, number = user_id_of(row, columns.user_id), number_of(row.get(score), score)
+                if isinstance(row, SkippedRow):
+                    raise row
+                user_id, number = user_of(row, columns), number_of(row.get(score), score)
             except SkippedRow as skipped:
                 broken[skipped.reason] += 1
+                places.setdefault(skipped.reason, place)
                 continue
-            key = json.dumps([user_id, row.get(columns.prompt or ""), row.get(columns.split or "")])
-            group = groups.setdefault(key, {**{column: row.get(column) for column in shared}, response: [], score: []})
+            key = as_text([user_id, row.get(columns.prompt or ""), row.get(columns.split or "")]) or ""
+            group: Row = {
+                columns.user_id: user_id,
+                **{column: row.get(column) for column in shared},
+                response: [],
+                score: [],
+            }
+            _, group = groups.setdefault(key, (place, group))
             group[response].append(row.get(response))
             group[score].append(number)
-        lines = [json.dumps(group) for group in groups.values()]
-        joined[source_split] = Dataset.from_dict({JSON_LINE: lines}, features=JSON_LINE_FEATURES)
-        rows_read -= len(lines)
+        joined[source_split] = RowSource(list(groups.values()))
+        rows_read -= len(groups)
     return joined, rows_read

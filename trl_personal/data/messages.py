@@ -47,6 +47,8 @@ def messages_of(value: object, column: str) -> list[Message]:
     """
     if not isinstance(value, list) or not is_messages(value):
         raise SkippedRow(f"`{column}` is not a list of messages")
+    if any(item.get("tool_calls") for item in value):
+        raise SkippedRow(f"`{column}` has a message with `tool_calls`")
     if not all(isinstance(item.get("content"), str) and item["content"].strip() for item in value):
         raise SkippedRow(f"`{column}` has a message without text")
     return [{"role": str(item["role"]), "content": text_of({column: item["content"]}, column)} for item in value]

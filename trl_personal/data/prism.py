@@ -1,18 +1,17 @@
 """PRISM: dialogues of 1,396 people with many models, the answers they chose, and a survey on who they are."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import DatasetDict, Features, Value
 
 from .messages import Message, assistant_message, prompt_features, user_message
 from .pairs import GROUP, OnReport, make_splits
 from .rows import Row, SkippedRow, text_of, user_id_of
-from .source import JSON_LINE, JSON_LINE_FEATURES, check_columns, open_source, parse_row, peek
+from .source import RowSource, Source, check_columns, open_source, peek
 from .splits import choose_split_rule
 
 
@@ -113,7 +112,7 @@ def load_prism(
     )
 
 
-def _open_table(name_or_path: str | Path, table: str, revision: str | None) -> Dataset:
+def _open_table(name_or_path: str | Path, table: str, revision: str | None) -> Source:
     folder = Path(name_or_path).expanduser()
     if folder.exists():
         path = folder / f"{table}.jsonl"
@@ -124,20 +123,19 @@ def _open_table(name_or_path: str | Path, table: str, revision: str | None) -> D
     else:
         source = open_source(name_or_path, config_name=table, revision=revision)["train"]
     hint = f"This is not the table `{table}` of PRISM."
-    check_columns(peek(source), COLUMNS[table], f"{name_or_path}, {table},", hint)
+    check_columns(peek(source, str(name_or_path)), COLUMNS[table], f"{name_or_path}, {table},", hint)
     return source
 
 
 def _read_survey(
-    survey: Dataset, stated_preferences: str, filtered: Counter[str], broken: Counter[str]
+    survey: Source, stated_preferences: str, filtered: Counter[str], broken: Counter[str]
 ) -> dict[str, str | None]:
     """The profile of each user."""
     profiles = {}
-    for raw in survey:
-        row = parse_row(raw)
+    for _, row in survey:
         try:
-            if row is None:
-                raise SkippedRow("not a JSON object")
+            if isinstance(row, SkippedRow):
+                raise row
             profiles[user_id_of(row, "user_id")] = user_profile(row, stated_preferences)
             if row.get("num_completed_conversations") == 0:
                 filtered["survey: a user without conversations"] += 1
@@ -172,15 +170,14 @@ def _stated_preferences(row: Row, rule: str) -> list[str]:
     return sorted(ranks, key=ranks.__getitem__)[:NUM_STATED]  # a stable sort: equal scores keep the codebook's order
 
 
-def _join_utterances(utterances: Dataset, broken: Counter[str]) -> Dataset:
+def _join_utterances(utterances: Source, broken: Counter[str]) -> Source:
     """Utterances, put together to the conversations they come from."""
     conversations: dict[str, Row] = {}
     turns: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for raw in utterances:
-        row = parse_row(raw)
+    for _, row in utterances:
         try:
-            if row is None:
-                raise SkippedRow("not a JSON object")
+            if isinstance(row, SkippedRow):
+                raise row
             conversation_id = text_of(row, "conversation_id")
             if not isinstance(row.get("turn"), int):
                 raise SkippedRow("`turn` is not an integer")
@@ -189,11 +186,12 @@ def _join_utterances(utterances: Dataset, broken: Counter[str]) -> Dataset:
             continue
         conversations.setdefault(conversation_id, {"conversation_id": conversation_id, "user_id": row.get("user_id")})
         turns[conversation_id][row["turn"]].append(row)
-    lines = [
-        json.dumps({**conversation, "conversation_history": _history(turns[conversation_id])})
-        for conversation_id, conversation in conversations.items()
-    ]
-    return Dataset.from_dict({JSON_LINE: lines}, features=JSON_LINE_FEATURES)
+    return RowSource(
+        [
+            (f"conversation {number}", {**conversation, "conversation_history": _history(turns[conversation_id])})
+            for number, (conversation_id, conversation) in enumerate(conversations.items(), start=1)
+        ]
+    )
 
 
 def _history(turns: dict[int, list[Row]]) -> list[Row]:

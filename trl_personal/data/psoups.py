@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import DatasetDict, Features, Value
 
 from .messages import assistant_message, prompt_features, user_message
 from .pairs import GROUP, OnReport, make_splits
 from .rows import Row, SkippedRow, text_of, user_id_of
-from .source import JSON_LINE, JSON_LINE_FEATURES, check_columns, open_source, peek, read_json_list
+from .source import RowSource, Source, check_columns, open_source, peek, read_json_list
 from .splits import choose_split_rule
+from .text_files import Placed
 
 
 # The paper's names of the users, in the order of their numbers 1 to 6, and what each of them wants
@@ -82,7 +83,7 @@ def load_psoups(
         sources, repeated = _open_rm_training(path)
     else:
         sources = open_source(name_or_path, config_name=config_name, revision=revision)
-    columns = _find_schema(peek(next(iter(sources.values()))), str(name_or_path))
+    columns = _find_schema(peek(next(iter(sources.values())), str(name_or_path)), str(name_or_path))
     return make_splits(
         sources,
         partial(_pairs, columns=columns, conversational=conversational, has_preference_prompt=is_rm_training),
@@ -115,24 +116,28 @@ def _find_schema(rows: list[Row], name: str) -> tuple[str, str, str, str]:
     return SCHEMAS[0]
 
 
-def _open_rm_training(folder: Path) -> tuple[dict[str, Dataset], int]:
+def _open_rm_training(folder: Path) -> tuple[dict[str, Source], int]:
     """The six files as one source with a `user_id` column and without repeated rows, and how many those were."""
     missing = [f"{user}.json" for user in USERS if not (folder / f"{user}.json").is_file()]
     if missing:
         found = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(f"{folder} lacks {missing}; found {found}. Name the folder `rm_training` or a file.")
-    lines: list[str] = []
+    placed: list[Placed] = []
     repeated = 0
     for user in USERS:
-        rows = [json.dumps(_with_user(row, user)) for row in read_json_list(folder / f"{user}.json")]
-        unique = list(dict.fromkeys(rows))
-        repeated += len(rows) - len(unique)
-        lines += unique
-    return {"train": Dataset.from_dict({JSON_LINE: lines}, features=JSON_LINE_FEATURES)}, repeated
+        path = folder / f"{user}.json"
+        seen: set[str] = set()
+        for number, row in enumerate(read_json_list(path), start=1):
+            text = json.dumps(row)
+            if text not in seen:
+                placed.append((f"{path}, row {number}", _with_user(row, user)))
+            repeated += text in seen
+            seen.add(text)
+    return {"train": RowSource(placed)}, repeated
 
 
-def _with_user(row: object, user: str) -> object:
-    return {**row, "user_id": user} if isinstance(row, dict) else row
+def _with_user(row: object, user: str) -> Row | SkippedRow:
+    return {**row, "user_id": user} if isinstance(row, dict) else SkippedRow("not a JSON object")
 
 
 def _pairs(

@@ -2,10 +2,14 @@
 
 from typing import Any, TypeAlias
 
-from ..users import as_user_id
+from ..users import as_user_id, whole_number
 
 
 Row: TypeAlias = dict[str, Any]
+
+
+class UntypedRow(dict[str, Any]):
+    """A row of a file that knows nothing but text, such as CSV: there `12.0` may be what pandas made of `12`."""
 
 
 class SkippedRow(Exception):
@@ -50,20 +54,30 @@ def user_id_of(row: Row, column: str) -> str:
     The user in `column`, as text.
 
     Raises:
-        `SkippedRow`: if there is no user, or the id is neither text nor an integer.
+        `SkippedRow`: if there is no user, or the id is neither text nor a whole number.
 
     ```python
-    >>> user_id_of({"worker": 7}, "worker")
-    '7'
+    >>> user_id_of({"worker": 7}, "worker"), user_id_of(UntypedRow(worker="7.0"), "worker")
+    ('7', '7')
     ```
     """
     value = row.get(column)
-    if value is None or value == "":
-        raise SkippedRow(f"no `{column}`")
     try:
-        return _checked(str(as_user_id(value)), column)
+        user_id = "" if value is None else as_user_id(value)
     except TypeError as error:
-        raise SkippedRow(f"`{column}` is neither text nor an integer") from error
+        raise SkippedRow(f"`{column}` is neither text nor a whole number") from error
+    except ValueError:
+        user_id = ""
+    if not user_id:
+        raise SkippedRow(f"no `{column}`")
+    if not user_id.strip():
+        raise SkippedRow(f"`{column}` is blank")
+    if isinstance(row, UntypedRow):
+        try:
+            user_id = whole_number(user_id)
+        except ValueError as error:
+            raise SkippedRow(f"`{column}` is a number that was rounded, so it may stand for several users") from error
+    return _checked(user_id, column)
 
 
 def _checked(value: str, column: str) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import DatasetDict, Features, Value
 
 from .pairs import GROUP, SPLIT, OnReport, make_splits
 from .rows import Row, SkippedRow, text_of, user_id_of
-from .source import check_columns, open_source, parse_row, peek
+from .source import Source, check_columns, open_source, peek
 from .splits import TEST, TRAIN, SourceSplits
 
 
@@ -101,7 +101,7 @@ def load_tldr(
         raise ValueError(f"`num_users` must be at least 1, or `None` for all workers, found {num_users}.")
     sources = open_source(name_or_path, config_name=config_name, revision=revision)
     hint = "The raw schema of openai/summarize_from_feedback is needed; mirrors without `worker` are of no use here."
-    check_columns(peek(next(iter(sources.values()))), COLUMNS, str(name_or_path), hint)
+    check_columns(peek(next(iter(sources.values())), str(name_or_path)), COLUMNS, str(name_or_path), hint)
     workers = _choose_workers(sources, name_or_path, labels, num_users, seed, supervised_only)
     features = {name: Value("string") for name in ("prompt", "chosen", "rejected", "user_id", "post_id")}
     if labels == "length":
@@ -130,7 +130,7 @@ def draw_preferences(workers: list[str], seed: int = PAPER_SEED) -> dict[str, st
 
 
 def _choose_workers(
-    sources: dict[str, Dataset],
+    sources: dict[str, Source],
     name_or_path: str | Path,
     labels: str,
     num_users: int | None,
@@ -153,12 +153,11 @@ def _choose_workers(
     return Workers(top, preferences, posts)
 
 
-def _comparisons(sources: dict[str, Dataset], supervised_only: bool) -> Iterator[Comparison]:
+def _comparisons(sources: dict[str, Source], supervised_only: bool) -> Iterator[Comparison]:
     for source in sources.values():
-        for raw in source:
-            row = parse_row(raw)
+        for _, row in source:
             try:
-                if row is not None:
+                if not isinstance(row, SkippedRow):
                     yield _read_comparison(row, supervised_only)
             except SkippedRow:
                 continue  # counted when the pairs are made

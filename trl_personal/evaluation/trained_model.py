@@ -20,6 +20,7 @@ from ..serving.writer import processor_name
 from ..training.config import PersonalizedDPOConfig
 from ..training.dpo import PersonalizedDPOTrainer
 from ..training.settings import SCORING
+from ..training.teaching_rows import rows_that_teach
 from ..user_column import iterate_user_ids
 from ..user_models import UserModel
 from ..users import UserVocab
@@ -129,6 +130,7 @@ def _rows_to_check(dataset: Dataset, user_column: str, profile_column: str | Non
     The train dataset of a trainer that does not train: the row with the shortest prompt, so that it is not empty, and the
     longest row, which has to fit the model's positions. Unknown users become the generic user, whose prompt they get.
     """
+    dataset = rows_that_teach(dataset, "evaluation")
     columns = [name for name in ("prompt", "chosen", "rejected", profile_column) if name in dataset.column_names]
     lengths = [[len(str(value)) for value in row.values()] for row in dataset.select_columns(columns)]
     rows = dataset.select(

@@ -15,6 +15,11 @@ GENERIC_TERMS = ("exact", "sampled")
 SHARE_PREFIX = ("auto", "always", "never")
 ON_DIVERGENCE = ("stop", "warn")
 MAY_BE_INFINITE = {"max_grad_norm"}  # no clipping
+LOWEST = {
+    0: ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed"),
+    1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
+}
+ABOVE_ZERO = ("beta", "num_train_epochs")
 
 
 @dataclass
@@ -58,8 +63,9 @@ class PersonalizationConfig:
     user_model_kind: str = field(
         default="individual",
         metadata={
-            "help": "How users become soft prompts: 'individual', 'cluster', 'low_rank' or any registered kind. 'none' is "
-            "TRL's own trainer."
+            "help": "How users become soft prompts: a built-in or any registered kind. 'none' is TRL's own trainer, without "
+            "users.",
+            "metavar": "{individual,cluster,low_rank,none,...}",
         },
     )
     num_virtual_tokens: int = field(default=10, metadata={"help": "Number of vectors in a user's soft prompt."})
@@ -108,14 +114,14 @@ class PersonalizationConfig:
 
     def __post_init__(self) -> None:
         _check_finite(self)
+        _check_ranges(self)
         super().__post_init__()  # type: ignore[misc]
         if not 0.0 <= self.personalization_alpha <= 1.0:
             raise ValueError(f"`personalization_alpha` must lie in [0, 1], got {self.personalization_alpha}.")
         for name in ("num_virtual_tokens", "num_clusters", "user_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.user_model_kind != "none":
-            get_user_model_class(self.user_model_kind)
+        _check_kind(self.user_model_kind)
         _check_choice("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
         _check_choice("on_divergence", self.on_divergence, ON_DIVERGENCE)
         _check_choice("generic_term", self.generic_term, GENERIC_TERMS)
@@ -189,6 +195,28 @@ def _check_finite(config: Any) -> None:
                 continue
             if math.isnan(number) or setting.name not in MAY_BE_INFINITE:
                 raise ValueError(f"`{setting.name}` must be a finite number, got {value!r}.")
+
+
+def _check_ranges(config: Any) -> None:
+    """Refuse settings of TRL that no training can have: most would fail late, or train nothing without a word."""
+    for lowest, names in LOWEST.items():
+        for name in names:
+            value = getattr(config, name, None)
+            if isinstance(value, (int, float)) and value < lowest:
+                raise ValueError(f"`{name}` must be at least {lowest}, got {value}.")
+    for name in ABOVE_ZERO:
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(f"`{name}` must be above 0, got {value}.")
+
+
+def _check_kind(kind: str) -> None:
+    if kind == "none":
+        return
+    try:
+        get_user_model_class(kind)
+    except ValueError as error:
+        raise ValueError(f"{error} Or set `user_model_kind=none` for TRL's own trainer, without users.") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ from .run_users import (
     with_names_of_users,
 )
 from .scored_evaluation import ScoredEvaluationMixin
+from .teaching_rows import TeachingRows, rows_that_teach
 from .terms import TERMS, Term
 from .user_metrics import metrics_under, scored_outputs
 
@@ -98,9 +100,13 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
                 check_settings(args, known[0], "the user model in `model`")
             self._check_dataset(args, train_dataset, "train")
             train_dataset = with_names_of_users(train_dataset, args.user_id_column)
+            rows = TeachingRows("train")
+            train_dataset = rows.of(train_dataset)
             user_model, vocab = choose_users(args, train_dataset, user_vocab, user_model, known)
+            if isinstance(train_dataset, IterableDataset):
+                rows.tell()
             self._check_eval_datasets(args, eval_dataset)
-            eval_dataset = with_names_of_users(eval_dataset, args.user_id_column)
+            eval_dataset = rows_that_teach(with_names_of_users(eval_dataset, args.user_id_column))
             _let_ddp_take_several_passes(args)
         elif user_model is not None or user_vocab is not None:
             raise ValueError('`user_model` and `user_vocab` need a `user_model_kind` other than "none".')

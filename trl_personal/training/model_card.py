@@ -38,7 +38,10 @@ def add_users_section(text: str, name: str, user_model: UserModel, alpha: float)
         ```
 
         """)
-    for nothing, said in (('model="None"', f'model="{name}"'), ("[None](https://huggingface.co/None)", "a local model")):
+    for nothing, said in (
+        ('model="None"', f'model="{name}"'),
+        ("[None](https://huggingface.co/None)", "a local model"),
+    ):
         text = text.replace(nothing, said)
     marker = "## Training procedure"
     return text.replace(marker, section + marker, 1) if marker in text else text + "\n" + section

@@ -24,7 +24,14 @@ from ..models.loading import (
     load_user_model,
 )
 from ..models.saving import embedding_size, get_base_model
-from ..user_column import AnyDataset, collect_users, iterate_user_ids, warn_of_missing_users, with_user_names
+from ..user_column import (
+    AnyDataset,
+    collect_users,
+    iterate_user_ids,
+    warn_of_missing_users,
+    warn_of_variants,
+    with_user_names,
+)
 from ..user_models import UserModel, get_user_model_class
 from ..user_models.initialization import soft_prompt_drawer
 from ..user_models.memory import warn_if_large
@@ -132,6 +139,8 @@ def choose_users(
     if user_vocab is not None and not isinstance(user_vocab, UserVocab):
         user_vocab = UserVocab(user_vocab)
     vocab = _vocab_of(args, train_dataset, user_vocab)
+    if user_vocab is None:
+        warn_of_variants([*(known[1] if known is not None else ()), *vocab], "train")
     if known is not None:
         if user_vocab is not None and (left_out := sum(user_id not in user_vocab for user_id in known[1])):
             logger.warning(
@@ -171,6 +180,7 @@ def _vocab_of(
     if isinstance(train_dataset, Dataset):
         user_ids = list(iterate_user_ids(train_dataset, args.user_id_column, "train"))
         warn_of_missing_users(user_ids, "train")
+        warn_of_variants([*user_vocab, *filter(None, user_ids)], "train")
         unknown = sum(user_id is not None and user_id not in user_vocab for user_id in user_ids)
         if unknown:
             logger.warning(

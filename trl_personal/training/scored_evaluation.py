@@ -14,6 +14,7 @@ from ..users import UserVocab
 from .config import PersonalizationConfig
 from .precision import kept_weights
 from .run_users import EvalDatasets, check_ids_of_rows, with_names_of_users
+from .teaching_rows import rows_that_teach
 from .user_metrics import MarginRecorder, metrics_under, scored_outputs, swapped_user_indices
 
 
@@ -99,7 +100,7 @@ class ScoredEvaluationMixin(Trainer):
                 self.margin_recorder = None  # holds the pairs of `predict`, which logs nothing
             if not isinstance(eval_dataset, str):
                 self._check_eval_datasets(self.args, eval_dataset)
-                eval_dataset = with_names_of_users(eval_dataset, self.args.user_id_column)
+                eval_dataset = rows_that_teach(with_names_of_users(eval_dataset, self.args.user_id_column))
         with self._weights_as_they_were():
             return super().evaluate(eval_dataset, *args, **kwargs)
 

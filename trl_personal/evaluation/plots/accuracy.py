@@ -99,7 +99,11 @@ def _draw_curves(axes: Axes, users: Sequence[UserResult], scorers: Sequence[str]
     )
     for place, scorer in enumerate(scorers):
         values = sorted(user.accuracy[scorer].value for user in users)
-        width = 1.2 + 1.6 * (len(scorers) - 1 - place)  # where curves are equal, the wider ones are seen beside the last
-        axes.plot(share, values, color=_style(scorer, place)[0], linewidth=width, label=drawable(scorer.replace("_", " ")))
+        width = 1.2 + 1.6 * (
+            len(scorers) - 1 - place
+        )  # where curves are equal, the wider ones are seen beside the last
+        axes.plot(
+            share, values, color=_style(scorer, place)[0], linewidth=width, label=drawable(scorer.replace("_", " "))
+        )
     axes.set_xlabel("% of users, each curve sorted by itself")
     axes.set_xlim(0, 100)

@@ -74,7 +74,9 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[tuple[Sequence[str], Ma
         if len(values) > MAX_POINTS:
             axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.25)
             values = _running_mean(values, len(values) // 20)
-        width = 1.2 + 0.9 * (len(curves) - 1 - place)  # where curves are equal, the wider ones are seen beside the last
+        width = 1.2 + 0.9 * (
+            len(curves) - 1 - place
+        )  # where curves are equal, the wider ones are seen beside the last
         axes.plot(steps, values, label=label, linewidth=width, alpha=0.9, **style)
     if title == "Pair accuracy":
         axes.set_ylim(-0.02, 1.02)
