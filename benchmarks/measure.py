@@ -25,7 +25,6 @@ from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy.stats import binom
@@ -39,6 +38,8 @@ from transformers import (
     Trainer,
     set_seed,
 )
+
+from trl_personal.terminal import print_whole
 
 
 CUDA = torch.cuda.is_available()
@@ -266,8 +267,8 @@ def write_results(
     stem.with_suffix(".json").write_text(json.dumps(provenance() | dict(results), indent=2) + "\n")
     tables = [table] if isinstance(table, Table) else table
     with open(stem.with_suffix(".txt"), "w") as file:
-        for console in (Console(), Console(file=file, width=119)):
-            console.print(*tables)
+        for output in (None, file):
+            print_whole(*tables, file=output)
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

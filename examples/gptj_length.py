@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from rich.console import Console
 from transformers import AutoTokenizer, GPT2Tokenizer, GPTJConfig, GPTJForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -34,6 +33,7 @@ from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.data import load_tldr, make_length_preferences
 from trl_personal.evaluation import answers_by_user, evaluate_trainer, opposite_users
 from trl_personal.evaluation.plots import plot_length_by_user
+from trl_personal.terminal import print_whole
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -116,7 +116,7 @@ def warm_up(dataset, script_args, training_args):
 
 
 def main(script_args, training_args, model_args):
-    start, output_dir, console = time.time(), Path(training_args.output_dir), Console()
+    start, output_dir = time.time(), Path(training_args.output_dir)
     torch.set_num_threads(script_args.num_threads or fastest_num_threads())
     disable_progress_bars()
     set_seed(training_args.seed)
@@ -155,9 +155,9 @@ def main(script_args, training_args, model_args):
     (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
     plot_length_by_user(output_dir / "length_by_user.png", evaluation.length_rows())
     pair = [users[0], opposite[users[0]]]
-    console.print(evaluation.users_table(), evaluation.answers_table(0, pair))
-    console.print(evaluation.answers_table(1, [*pair, users[-2], None]), evaluation.report.verdict)
-    console.print(f"{output_dir}/results.json and length_by_user.png after {run['wall_seconds']:.0f} s")
+    print_whole(evaluation.users_table(), evaluation.answers_table(0, pair))
+    print_whole(evaluation.answers_table(1, [*pair, users[-2], None]), evaluation.report.verdict)
+    print_whole(f"{output_dir}/results.json and length_by_user.png after {run['wall_seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from rich.console import Console
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -32,6 +31,7 @@ from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer, render_u
 from trl_personal.data import load_prism, make_dialogue_preferences
 from trl_personal.evaluation import answers_by_user, evaluate_trainer
 from trl_personal.evaluation.plots import plot_report
+from trl_personal.terminal import print_whole
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -97,7 +97,7 @@ def warm_up(dataset, script_args, training_args):
 
 
 def main(script_args, training_args, model_args):
-    start, output_dir, console = time.time(), Path(training_args.output_dir), Console()
+    start, output_dir = time.time(), Path(training_args.output_dir)
     disable_progress_bars()
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
     set_seed(seed)
@@ -135,10 +135,10 @@ def main(script_args, training_args, model_args):
     run = {**results.pop("run"), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
     (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
     plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
-    console.print(evaluation.users_table(), "Swapped: the soft prompt and the profile of another user.")
-    console.print("Unknown users:", unknown_users, evaluation.answers_table(0, [*users[:3], None]))
-    console.print(evaluation.report.verdict)
-    console.print(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
+    print_whole(evaluation.users_table(), "Swapped: the soft prompt and the profile of another user.")
+    print_whole("Unknown users:", unknown_users, evaluation.answers_table(0, [*users[:3], None]))
+    print_whole(evaluation.report.verdict)
+    print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
 
 
 if __name__ == "__main__":

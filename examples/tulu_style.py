@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from rich.console import Console
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -33,6 +32,7 @@ from trl_personal.data import load_psoups, make_style_preferences
 from trl_personal.data.psoups import STYLES, opposite_style
 from trl_personal.evaluation import answers_by_user, evaluate_trainer
 from trl_personal.evaluation.plots import plot_report
+from trl_personal.terminal import print_whole
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -96,7 +96,7 @@ def warm_up(dataset, script_args, training_args):
 
 
 def main(script_args, training_args, model_args):
-    start, output_dir, console = time.time(), Path(training_args.output_dir), Console()
+    start, output_dir = time.time(), Path(training_args.output_dir)
     disable_progress_bars()
     set_seed(training_args.seed)
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
@@ -134,9 +134,9 @@ def main(script_args, training_args, model_args):
     run = {**results.pop("run"), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
     (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
     plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
-    console.print(evaluation.users_table(), *(evaluation.answers_table(0, part) for part in (users[:3], users[3:])))
-    console.print(evaluation.answers_table(1, [*users[4:], None]), evaluation.report.verdict)
-    console.print(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
+    print_whole(evaluation.users_table(), *(evaluation.answers_table(0, part) for part in (users[:3], users[3:])))
+    print_whole(evaluation.answers_table(1, [*users[4:], None]), evaluation.report.verdict)
+    print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
 
 
 if __name__ == "__main__":

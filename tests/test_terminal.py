@@ -2,17 +2,20 @@
 
 import json
 import logging
+from io import StringIO
 
 import pytest
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
-from rich.console import Console
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
 from trl_personal.cli import main
 from trl_personal.evaluation.report import personalization_table
 from trl_personal.evaluation.verdict import evaluate_margins
-from trl_personal.terminal import json_line, printable
+from trl_personal.terminal import json_line, print_whole, printable
 
 
 HOSTILE = ["\x1b[2J\x1b]0;title\x07", "line\nbreak", "\x9b31m", "[red]markup[/red]", "\u202eright to left", "bell\x7f"]
@@ -121,3 +124,33 @@ def test_the_audit_shows_names_as_they_are(tmp_path, capsys):
     for form in ("table", "json"):
         assert main(["audit", str(tmp_path / "rows.jsonl"), "--list_users", "--format", form, "--min_pairs", "2"]) == 0
         assert_harmless(capsys.readouterr().out)
+
+
+WIDE = {f"column_{i}": "0.84–0.90" for i in range(12)} | {"who": "a-name-that-is-long"}
+
+
+def printed(monkeypatch, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width is not None:
+        monkeypatch.setenv("COLUMNS", str(width))
+    table = Table(*WIDE, title="wide")
+    table.add_row(*WIDE.values())
+    output = StringIO()
+    print_whole(Group(table, Text("[a note]")), file=output)
+    return output.getvalue()
+
+
+def test_a_table_in_a_file_has_every_name_and_interval(monkeypatch):
+    lines = printed(monkeypatch, None).splitlines()
+    assert [name in lines[2] for name in WIDE] == [True] * 13
+    assert lines[4].count("0.84–0.90") == 12
+    assert lines[-1] == "[a note]"
+
+
+def test_a_table_in_eighty_columns_goes_on_below_and_loses_nothing(monkeypatch):
+    text = printed(monkeypatch, 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [[cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]] for line in text.splitlines()]
+    whole = ["".join(column) for column in zip(*[row for row in rows if row], strict=True)]
+    assert whole == [name + value for name, value in WIDE.items()]

@@ -292,3 +292,10 @@ def test_a_run_says_when_users_hardly_moved(make_trainer, caplog, rate, word):
     said = [r.message for r in caplog.records if "standard deviations of the token embeddings from" in r.message]
     assert len(said) == (0 if rate == 0 else 1)
     assert not any("ann" in text or "bo" in text.split() for text in said)
+
+
+def test_nothing_moves_at_a_rate_of_zero(make_trainer):
+    trainer = make_trainer("llama", learning_rate=0.0, max_steps=2)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())

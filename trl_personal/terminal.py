@@ -1,8 +1,16 @@
-"""Text on its way to a terminal: what others wrote must not steer it."""
+"""Text and tables on their way to a terminal or a file: what others wrote must not steer it, and nothing is cut off."""
 
 import json
+import os
 import unicodedata
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+FILE_WIDTH = 200  # columns of tables in a file, unless `COLUMNS` says otherwise
 
 
 # marks that let text read in another order than it is written in
@@ -39,3 +47,30 @@ def _steers(character: str) -> bool:
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def print_whole(*renderables: "RenderableType", file: IO[str] | None = None) -> None:
+    """
+    Print tables and text with rich so that all of it can be read: a cell that is too wide goes on in its next line, where rich
+    alone would cut it, and a file gets wider lines than a terminal.
+
+    Args:
+        renderables (`RenderableType`): What `rich.print` takes.
+        file (`IO[str]`, *optional*): Where to, instead of the standard output.
+    """
+    from rich.console import Console  # rich takes a moment to load
+
+    console = Console(file=file, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(file=file, markup=False, width=FILE_WIDTH)
+    for renderable in renderables:
+        _fold(renderable)
+    console.print(*renderables)
+
+
+def _fold(renderable: Any) -> None:
+    """Let the columns of all tables in it fold."""
+    for column in getattr(renderable, "columns", ()):
+        column.overflow = "fold"
+    for part in getattr(renderable, "renderables", ()):
+        _fold(part)

@@ -4,13 +4,12 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 
-from rich.console import Console
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..audit import audit_preferences
 from ..audit.table import audit_table
 from ..data import LoadReport
-from ..terminal import json_line
+from ..terminal import json_line, print_whole
 from .arguments import ColumnArguments
 from .preferences import load_preferences
 
@@ -45,4 +44,4 @@ def run_audit(arguments: Namespace) -> None:
             del found["users"], found["variants"]
         sys.stdout.write(json_line(found, indent=2) + "\n")
         return
-    Console().print(audit_table(audit, arguments.list_users))
+    print_whole(audit_table(audit, arguments.list_users))

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-from rich.console import Console
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..data.generic import Splits
 from ..evaluation import ModelEvaluation, evaluate_model, personalization_table
-from ..terminal import json_line
+from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
 from .arguments import ColumnArguments
 from .model_folder import check_model_name
@@ -126,7 +125,7 @@ def _write(evaluation: ModelEvaluation, arguments: Namespace) -> None:
             del found["users"], found["samples"]
         sys.stdout.write(json_line(found, indent=2) + "\n")
         return
-    Console().print(personalization_table(evaluation.report, arguments.list_users))
+    print_whole(personalization_table(evaluation.report, arguments.list_users))
     if evaluation.answers:
         drifts = [row["length_drift"] for row in evaluation.answers if row["user_id"] is not None]
         text = (

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import AutoPersonalizedModelForCausalLM
 from ..serving.writer import Request, processor_name, text_of_last, write_answers
-from ..terminal import json_line, printable
+from ..terminal import json_line, print_whole, printable
 from .model_folder import check_model_name
 from .quantization import quantization_config
 from .requests import Prompt, read_prompts, read_user_profiles, read_users
@@ -48,7 +48,7 @@ def run_generate(arguments: Namespace) -> None:
                 output.write(json_line(asdict(answer)) + "\n")
                 output.flush()
         else:
-            Console(file=output).print(as_table(list(answers)))
+            print_whole(as_table(list(answers)), file=output)
 
 
 def warn_of_unknown_users(user_ids: Sequence[str | None], user_vocab: Any) -> None:

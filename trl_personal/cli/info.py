@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +24,7 @@ from ..models.folder_checks import (
 )
 from ..models.loading import find_user_model, load_user_model
 from ..models.saving import USER_MODEL_FOLDER
-from ..terminal import json_line, printable
+from ..terminal import json_line, print_whole, printable
 from ..training.settings import SETTINGS_FILE, check_settings_file
 from ..user_models import USER_MODELS
 from ..user_models.base import FILES_ENTRY, WEIGHTS_FILE, read_header, read_user_model_config
@@ -47,7 +46,7 @@ def run_info(arguments: Namespace) -> None:
         users = {"users": user_ids} if arguments.list_users else {}
         sys.stdout.write(json_line(information | users, indent=2) + "\n")
         return
-    Console().print(as_table(information))
+    print_whole(as_table(information))
     sys.stdout.writelines(f"{printable(user_id)}\n" for user_id in user_ids)
 
 

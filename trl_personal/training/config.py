@@ -54,7 +54,7 @@ class PersonalizationConfig:
         user_learning_rate (`float`, *optional*):
             Learning rate of all weights of the user model. If it is not set, each has a rate of its own, so that soft prompts
             move by about 0.03 standard deviations of the language model's token embeddings in a step of Adam
-            ([`UserModel.units`]). 0 leaves users as they are.
+            ([`UserModel.units`]); at a `learning_rate` of 0 nothing moves. 0 leaves users as they are.
         on_divergence (`str`, *optional*, defaults to `"stop"`):
             What happens when weights or users' rows are no finite numbers any more: `"stop"` ends the run with an error that
             says which and since when, `"warn"` goes on.

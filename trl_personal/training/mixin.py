@@ -194,7 +194,10 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         return optimizer
 
     def _user_groups(self, user_model: UserModel) -> list[dict[str, Any]]:
-        return user_groups(user_model, self.args.user_learning_rate, self.embedding_std)
+        rate = self.args.user_learning_rate
+        if rate is None and self.args.learning_rate == 0:
+            rate = 0.0  # a run in which nothing shall move
+        return user_groups(user_model, rate, self.embedding_std)
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
