@@ -14,11 +14,12 @@ from conftest import ROOT, SHARED_DATA
 from datasets import Dataset, DatasetDict, load_dataset
 
 from trl_personal.audit import audit_preferences, room
-from trl_personal.audit.kinds import find_clusters, recommend
+from trl_personal.audit.kinds import _why, find_clusters, recommend
 from trl_personal.audit.rules import NestedCrossValidation, scale, split_prompts
 from trl_personal.audit.tastes import find_tastes
 from trl_personal.audit.text_features import FEATURES, text_features
 from trl_personal.cli import main
+from trl_personal.intervals import Interval
 
 
 LONG = "I would say that it depends on what you like, but most people take the larger one."
@@ -316,6 +317,25 @@ def test_recommended_kind(settings, kinds, quick):
     found = recommend(estimate(differences, users, prompts), scale(differences), users, prompts, seed=0)
     assert found.kind in kinds
     assert set(found.accuracy_by_kind) == (set() if kinds == {"none"} else {"individual", "cluster", "low_rank"})
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "kind", "words"),
+    [
+        ((1.0, 1.0, 1.0), "individual", "`individual` does as well on held-out prompts as `cluster` and `low_rank`"),
+        ((0.9, 0.8, 0.8), "individual", "`individual` does best on held-out prompts"),
+        ((0.9, 0.8, 0.89), "low_rank", "`low_rank` is not clearly worse than `individual`"),
+        ((0.9, 0.9, 0.7), "cluster", "`cluster` does as well on held-out prompts as `individual`"),
+    ],
+)
+def test_the_reason_says_who_does_as_well(accuracies, kind, words):
+    names = ("individual", "cluster", "low_rank")
+    by_kind = dict(zip(names, accuracies, strict=True))
+    half = Interval(0.1, 0.05, 0.15)
+    found = room.Room(
+        half, half, half, (0.0,), p_value=0.01, num_pairs=200, num_users=10, num_prompts=20, has_evidence=True
+    )
+    assert _why(found, kind, max(names, key=lambda name: by_kind[name]), 20.0, by_kind).endswith(f"median, {words}.")
 
 
 def test_clusters_are_found():

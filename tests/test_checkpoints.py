@@ -510,6 +510,10 @@ def test_model_card_cites_the_paper_and_shows_how_to_use_users(make_trainer, tmp
     assert "AutoPersonalizedModelForCausalLM" in card.text
     assert "2\nusers" in card.text or "2 users" in card.text
     assert "ann" not in card.text.split()  # no user is named in a public card
+    assert "None" not in card.text
+    assert 'name = "out"' in card.text
+    assert 'model="out"' in card.text  # TRL's own lines
+    assert str(tmp_path) not in card.text
 
 
 def test_push_to_hub_uploads_the_users_too(make_trainer, monkeypatch, tmp_path):

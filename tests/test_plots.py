@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from trl_personal import UserVocab
+from trl_personal.audit.chart import draw_audit
+from trl_personal.audit.counts import Counts
+from trl_personal.audit.kinds import Recommendation
+from trl_personal.audit.tastes import Taste
+from trl_personal.canvas import drawable
 from trl_personal.evaluation.plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
 from trl_personal.evaluation.plots.user_map import _components
 from trl_personal.evaluation.verdict import evaluate_margins
@@ -75,3 +81,66 @@ def test_training_curves(tmp_path):
 def test_a_map_needs_two_users(tmp_path):
     with pytest.raises(ValueError, match="two users or more, the vocabulary has 1"):
         plot_user_map(tmp_path / "map.png", *make_users(1))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of a picture, kept when it is tidied."""
+    kept, tidy = [], Axes.set_title
+
+    def keep(self, *args, **kwargs):
+        kept.append(self)
+        return tidy(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "set_title", keep)
+    return kept
+
+
+def test_a_component_that_explains_nothing_is_not_stretched(tmp_path, drawn):
+    user_model, vocab = make_users(5)
+    with torch.no_grad():  # on a line, but for a thousandth
+        line = torch.outer(torch.arange(6.0), torch.ones(16)) + 1e-3 * torch.randn(6, 16)
+        user_model.user_offsets.weight.copy_(line)
+    plot_user_map(tmp_path / "map.png", user_model, vocab)
+    (axes,) = drawn
+    width, height = (abs(high - low) for low, high in (axes.get_xlim(), axes.get_ylim()))
+    box = axes.get_window_extent()
+    assert width / box.width == pytest.approx(height / box.height, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ann", "ann"),
+        ("\U0001f984x", "[1F984]x"),
+        ("5$ or $6", r"5\$ or \$6"),
+        ("日本", "[65E5][672C]"),
+        ("Zoë", "Zoë"),
+    ],
+)
+def test_names_are_drawn_in_characters_that_the_font_has(name, shown):
+    assert drawable(name) == shown
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_users_with_emoji_keep_their_names_and_numbers_of_pairs(tmp_path, drawn):
+    users = ["\U0001f984", "b$o$"] * 5
+    own = np.linspace(-1, 1, 10)
+    report = evaluate_margins(own, own, users, [str(i) for i in range(10)], known_users=set(users))
+    plot_report(tmp_path / "accuracy.png", report)
+    assert {label.get_text() for label in drawn[0].get_xticklabels()} == {"[1F984] (5)", r"b\$o\$ (5)"}
+
+
+def test_curves_that_are_equal_are_both_seen(tmp_path, drawn):
+    log = [{"step": i, "rewards/accuracies": 0.5, "generic/rewards/accuracies": 0.5} for i in range(5)]
+    plot_training_curves(tmp_path / "curves.png", log)
+    widths = [line.get_linewidth() for line in drawn[0].lines[:2]]
+    assert widths[0] > widths[1] + 0.5
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.57])
+def test_a_spread_above_a_half_is_not_cut(drawn, spread):
+    counts = Counts(**dict.fromkeys(Counts.__dataclass_fields__, 0) | {"min_pairs": 20, "pairs_per_user": {}})
+    draw_audit(counts, [], None, Recommendation("none", "why", {}), [Taste("words", 0.5, spread)])
+    (axes,) = [axes for axes in drawn if axes.get_title(loc="left").startswith("Where users")]
+    assert axes.get_xlim()[1] == pytest.approx(max(0.5, 1.05 * spread))
