@@ -43,7 +43,6 @@ SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "max_steps": 150,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-4,
-    "user_learning_rate": 3e-2,
     "beta": 0.5,
     "max_length": 256,
     "save_strategy": "no",
