@@ -271,7 +271,12 @@ def make_generate_parser() -> ArgumentParser:
     parser.add_argument("--model", required=True, help="folder that training wrote, or a repository on the hub")
     users = parser.add_mutually_exclusive_group()
     users.add_argument("--users", metavar="A,B,...", help="ids of the users; default: the generic user")
-    users.add_argument("--users_file", metavar="FILE", help="a file with one user id a line")
+    users.add_argument(
+        "--users_file",
+        metavar="FILE",
+        help="a file with one user id a line; in a .jsonl file, JSON: an id, null for the generic user, or weights of several "
+        'users, {"ann": 0.7, "bo": 0.3}',
+    )
     parser.add_argument(
         "--user_profiles",
         metavar="FILE.json",
@@ -283,6 +288,12 @@ def make_generate_parser() -> ArgumentParser:
         "--prompts_file",
         metavar="FILE",
         help="one prompt a line; in a .jsonl file, objects with `prompt` (text or messages)",
+    )
+    parser.add_argument(
+        "--user_strength",
+        type=_strength,
+        metavar="S",
+        help="how far to go from the generic user (0) to each user (1, the default), from -1 to 2",
     )
     _add_generation_options(parser)
     _add_loading_options(parser)
@@ -369,6 +380,10 @@ def _above_zero(text: str) -> float:
 
 def _share(text: str) -> float:
     return _number(text, "above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
+def _strength(text: str) -> float:
+    return _number(text, "from -1 to 2", lambda number: -1 <= number <= 2)
 
 
 def _number(text: str, allowed: str, is_allowed: Callable[[float], bool]) -> float:

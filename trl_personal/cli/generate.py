@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from .. import AutoPersonalizedModelForCausalLM
+from .. import AutoPersonalizedModelForCausalLM, UserVocab
+from ..models.blending import UserOrBlend
 from ..serving.writer import Request, processor_name, text_of_last, write_answers
 from ..terminal import json_line, print_whole, printable
 from .model_folder import check_model_name
@@ -24,9 +25,12 @@ from .requests import Prompt, read_prompts, read_user_profiles, read_users
 
 @dataclass
 class Answer:
-    """One line of output. `user_id` is `None` for the generic user; `known` says whether the model has a row for the user."""
+    """
+    One line of output. `user_id` is `None` for the generic user, and weights for a blend; `known` says whether the model has
+    a row for the user, or for all users of a blend.
+    """
 
-    user_id: str | None
+    user_id: UserOrBlend
     known: bool
     prompt: Prompt
     text: str
@@ -51,9 +55,16 @@ def run_generate(arguments: Namespace) -> None:
             print_whole(as_table(list(answers)), file=output)
 
 
-def warn_of_unknown_users(user_ids: Sequence[str | None], user_vocab: Any) -> None:
+def is_known(user_id: UserOrBlend, user_vocab: UserVocab) -> bool:
+    """Whether the model has a row for a user, or for all users of a blend."""
+    if isinstance(user_id, Mapping):
+        return all(user in user_vocab for user in user_id)
+    return user_id in user_vocab
+
+
+def warn_of_unknown_users(user_ids: Sequence[UserOrBlend], user_vocab: UserVocab) -> None:
     """Say once on stderr who gets the generic user's answers without being it."""
-    unknown = [user_id for user_id in user_ids if user_id is not None and user_id not in user_vocab]
+    unknown = [user_id for user_id in user_ids if user_id is not None and not is_known(user_id, user_vocab)]
     if unknown:
         sys.stderr.write(
             f"{len(unknown)} of {len(user_ids)} users are unknown to the model and get the generic user's answers.\n"
@@ -79,7 +90,7 @@ def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    user_ids: Sequence[str | None],
+    user_ids: Sequence[UserOrBlend],
     user_profiles: Mapping[str, str | None],
     arguments: Namespace,
 ) -> Iterator[Answer]:
@@ -87,7 +98,7 @@ def generate(
     asked = [(user_id, prompt) for prompt in prompts for user_id in user_ids]
     # who is unknown was said once; the model would say it in every batch, so it is asked for the generic user
     requests = [
-        Request(user_id if user_id in model.user_vocab else None, prompt, user_profiles.get(user_id or ""))
+        Request(_known_part(user_id, model.user_vocab), prompt, user_profiles.get(str(user_id or "")))
         for user_id, prompt in asked
     ]
     batches = write_answers(
@@ -98,12 +109,19 @@ def generate(
         use_template=tokenizer.chat_template is not None and not arguments.no_chat_template,
         pad_token_id=tokenizer.pad_token_id,
         **generation_options(arguments),
+        **({} if arguments.user_strength is None else {"user_strength": arguments.user_strength}),
     )
     num_batches = -(-len(requests) // arguments.batch_size)
     with _progress(num_batches, arguments) as progress:
         written = (text for batch in progress.track(batches, num_batches, description="Generating") for text in batch)
         for (user_id, prompt), text in zip(asked, written, strict=True):
-            yield Answer(user_id, user_id in model.user_vocab, prompt, text)
+            yield Answer(user_id, is_known(user_id, model.user_vocab), prompt, text)
+
+
+def _known_part(user_id: UserOrBlend, user_vocab: UserVocab) -> UserOrBlend:
+    if isinstance(user_id, Mapping):
+        return {user: weight for user, weight in user_id.items() if user in user_vocab} or None
+    return user_id if user_id in user_vocab else None
 
 
 def _progress(num_batches: int, arguments: Namespace) -> Progress:
@@ -152,7 +170,7 @@ def as_table(answers: Sequence[Answer]) -> Table:
 def _user_cell(answer: Answer) -> Text:
     if answer.user_id is None:
         return Text("(generic)", style="dim")
-    name = printable(answer.user_id)
+    name = json_line(answer.user_id) if isinstance(answer.user_id, Mapping) else printable(str(answer.user_id))
     return Text(name) if answer.known else Text(f"{name} (unknown)", style="yellow")
 
 

@@ -43,13 +43,37 @@ def _prompt_in(line: str, place: str) -> Prompt:
     return prompt
 
 
-def read_users(users: str | None, path: str | None) -> list[str | None]:
-    """Ids of the users, each once; the generic user (`None`) if there are none."""
+def read_users(users: str | None, path: str | None) -> list[Any]:
+    """Users, each once: ids, or from a .jsonl file blends too; the generic user (`None`) if there are none."""
+    if path is not None and Path(path).suffix == ".jsonl":
+        return _read_blends(path)
     texts = _read_lines(path) if path is not None else (users or "").split(",")
     user_ids = dict.fromkeys(text.strip() for text in texts if text.strip())
     if not user_ids and (users is not None or path is not None):
         raise ValueError(f"There is no user id in {path or '--users'}. Leave the option out for the generic user.")
     return list(user_ids) or [None]
+
+
+def _read_blends(path: str) -> list[Any]:
+    users: list[Any] = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            user = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}). A .jsonl file has one user a line."
+            ) from error
+        if not isinstance(user, (str, int, dict, type(None))) or isinstance(user, bool):
+            raise ValueError(
+                f"{path}, line {number} must be a user id, null or an object of weights by user id; found {line:.80}."
+            )
+        if user not in users:
+            users.append(str(user) if isinstance(user, int) else user)
+    if not users:
+        raise ValueError(f"There is no user in {path}. Leave the option out for the generic user.")
+    return users
 
 
 def read_user_profiles(path: str | None) -> dict[str, str | None]:

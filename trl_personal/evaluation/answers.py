@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import mean
 from typing import Any, TypeAlias
 
@@ -63,8 +64,8 @@ def answers_by_user(
     num_batches = -(-len(requests) // batch_size)
     written = [text for batch in track(batches, description, num_batches, transient=True) for text in batch]
     answers: dict[UserId, list[str]] = {user_id: [] for user_id in user_ids}
-    for request, text in zip(requests, written, strict=True):
-        answers[request.user_id].append(text)
+    for text, user_id in zip(written, cycle(user_ids), strict=False):
+        answers[user_id].append(text)
     return answers
 
 

@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 
 from ..user_models import UserModel
 from ..user_profile import insert_profile_ids, require_template
-from ..users import GENERIC_USER_INDEX, UserId, UserVocab
+from ..users import UserVocab
+from .blending import UserOrBlend, as_strengths, blended_soft_prompts
 from .calls import OwnCalls
 from .generation_limits import (
     check_cache,
@@ -51,7 +52,8 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        user_ids: str | int | Sequence[UserId] | None = None,
+        user_ids: str | int | Sequence[UserOrBlend] | None = None,
+        user_strength: float | Sequence[float] | None = None,
         user_profiles: str | Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -64,7 +66,10 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
             generation_config (`GenerationConfig`, *optional*): The settings of generation. Defaults to
                 `model.generation_config`.
             user_ids (`str`, `int` or a list of them, *optional*): The user of each row, or one user for all rows. `None` and
-                users who are not in `user_vocab` get the generic user's soft prompt.
+                users who are not in `user_vocab` get the generic user's soft prompt. In a list, a dictionary of weights is a
+                blend: `{"ann": 0.7, "bo": 0.3}`; weights need not sum to one.
+            user_strength (`float` or a list of them, *optional*): How far each row goes from the generic user (0) to the user
+                (1, the default), in [-1, 2]: the soft prompt is e_0 + s · Σ w_u (e_u - e_0).
             user_profiles (`str` or a list of them, *optional*): A text about the user of each row, or `None` where nothing is
                 known. It is put into the prompts as in training, which needs `tokenizer=` to read and write their ids.
             **kwargs: Every other argument of [`~transformers.GenerationMixin.generate`]. `max_length` and `min_length` count
@@ -95,10 +100,8 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         if user_profiles is not None:
             tokenizer = kwargs.get("tokenizer")
             input_ids, attention_mask = self._insert_profiles(user_profiles, tokenizer, input_ids, attention_mask)
-        user_indices = torch.tensor(self._encode_users(user_ids, input_ids.shape[0]), device=input_ids.device)
-        users, of_user = user_indices.unique(return_inverse=True)  # each user's soft prompt is computed once
         with torch.no_grad():
-            soft_prompt = self.user_model(users)[of_user]
+            soft_prompt = self._soft_prompts(user_ids, user_strength, input_ids)
             conditioned, positions, token, virtual = self._soft_prompt_insertion.condition(
                 soft_prompt, input_ids, attention_mask
             )
@@ -172,30 +175,34 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
         """Not for users: continuous batching takes token ids, which do not hold a soft prompt."""
         raise ValueError(CONTINUOUS_BATCHING.format(name="continuous_batching_context_manager"))
 
-    def _encode_users(self, user_ids: Any, batch_size: int) -> list[int]:
-        user_ids = _as_list(user_ids, batch_size)
-        if len(set(user_ids)) > 1 and _is_called_by_a_pipeline():
+    def _soft_prompts(self, user_ids: Any, user_strength: Any, input_ids: Tensor) -> Tensor:
+        """The soft prompt of each row, `(batch, T, token_dim)`."""
+        batch_size = input_ids.shape[0]
+        users, strengths = _as_list(user_ids, batch_size), as_strengths(user_strength, batch_size)
+        differ = any(user != users[0] for user in users) or len(set(strengths)) > 1
+        if differ and _is_called_by_a_pipeline():
             raise ValueError(
                 "A pipeline hands prompts over in batches of its own, so a list of `user_ids` would not follow its prompts. "
                 "Give a single id for all of them, or call `model.generate(..., user_ids=[...])` with the tokenized batch."
             )
-        if len(user_ids) != batch_size:
+        if len(users) != batch_size:
             raise ValueError(
-                f"`user_ids` has {len(user_ids)} users for a batch of {batch_size} rows. Give one per row, or a single id "
+                f"`user_ids` has {len(users)} users for a batch of {batch_size} rows. Give one per row, or a single id "
                 "for all rows."
             )
-        user_indices = self.user_vocab.encode(user_ids)
-        unknown = sum(i == GENERIC_USER_INDEX and u is not None for i, u in zip(user_indices, user_ids, strict=True))
+        soft_prompts, unknown = blended_soft_prompts(
+            self.user_model, self.user_vocab, users, strengths, input_ids.device
+        )
         if unknown:
             logger.warning(
                 "%d of %d rows have a user who is not in `model.user_vocab`; they get the generic user's soft prompt.",
                 unknown,
                 batch_size,
             )
-        return user_indices
+        return soft_prompts
 
 
-def _as_list(user_ids: Any, batch_size: int) -> list[UserId]:
+def _as_list(user_ids: Any, batch_size: int) -> list[UserOrBlend]:
     """One user for each row: a single id stands for all rows; arrays, tensors and columns of tables are lists too."""
     if isinstance(user_ids, (Tensor, np.ndarray, np.generic)):
         user_ids = user_ids.tolist()

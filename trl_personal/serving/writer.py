@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..files import read_json
 from ..models.attach import is_personalized
+from ..models.blending import UserOrBlend
 from ..models.saving import get_base_model
 from ..user_profile import Prompt, render_user_profile, require_template
-from ..users import UserId
 
 
 class Request(NamedTuple):
@@ -18,12 +18,12 @@ class Request(NamedTuple):
     What to write an answer to.
 
     Args:
-        user_id (`str`, *optional*): The user; `None` is the generic one.
+        user_id (`str` or `dict`, *optional*): The user, or weights of several; `None` is the generic one.
         prompt (`str` or `list[dict]`): Text, or a conversation.
         user_profile (`str`, *optional*): Text about the user, which is put into the prompt as in training.
     """
 
-    user_id: UserId
+    user_id: UserOrBlend
     prompt: Prompt
     user_profile: str | None = None
 
@@ -46,7 +46,7 @@ def write_answers(
         batch_size (`int`, *optional*, defaults to `8`): The number of answers that are generated at once.
         use_template (`bool`, *optional*, defaults to `False`): Whether the chat template is applied. Plain text then becomes
             the first message of a conversation.
-        **generate_kwargs: Keywords of `model.generate`, such as `max_new_tokens`.
+        **generate_kwargs: Keywords of `model.generate`, such as `max_new_tokens`, or a `user_strength` for all.
 
     Yields:
         `list[str]`: The answers of one batch, as soon as it is written, without special tokens.
