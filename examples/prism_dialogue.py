@@ -41,7 +41,6 @@ SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "max_steps": 60,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-4,
-    "user_learning_rate": 5e-3,
     "beta": 0.5,
     "loss_type": ["sigmoid", "sft"],  # a small model forgets how to write without the second
     "max_length": 192,
