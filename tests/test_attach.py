@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model, detach_user_model
-from trl_personal.models.attach import is_personalized
 from trl_personal.models.calls import OwnCalls
 from trl_personal.models.mixins import add_mixin, remove_mixin
+from trl_personal.models.saving import is_personalized
 from trl_personal.training.prefix_sharing import PrefixSharing
 
 

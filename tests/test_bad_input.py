@@ -9,6 +9,7 @@ from conftest import make_model, make_tokenizer
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_personal import IndividualUserModel, PersonalizedDPOTrainer, UserModelConfig
 
@@ -166,6 +167,77 @@ def test_streams_are_read_once_for_their_users(make_trainer, preferences):
     trainer = make_trainer(trainer_kwargs={"train_dataset": stream})
     assert list(trainer.user_vocab) == ["ann", "bo"]
     trainer.train()
+
+
+@pytest.mark.parametrize("bad", ["", 1.5], ids=repr)
+@pytest.mark.parametrize("known", [False, True], ids=["collected", "given"])
+def test_a_bad_id_in_a_stream_is_told(make_trainer, preferences, bad, known):
+    """With the row's number where the stream is read for its users, and when its batch is made where they are given."""
+
+    def rows():
+        for number, row in enumerate(preferences):
+            yield {**row, "user_id": bad} if number == 5 else row
+
+    stream = IterableDataset.from_generator(rows)
+    if known:
+        trainer = make_trainer(trainer_kwargs={"train_dataset": stream, "user_vocab": ["ann", "bo"]}, max_steps=4)
+        with pytest.raises((TypeError, ValueError), match="user"):
+            trainer.train()
+        assert trainer.state.global_step < 2
+    else:
+        with pytest.raises((TypeError, ValueError), match="Row 5 of the train dataset, column `user_id`"):
+            make_trainer(trainer_kwargs={"train_dataset": stream})
+
+
+def test_a_stream_trains_rows_without_a_user_and_unknown_users_as_the_generic_user(make_trainer, preferences):
+    """A dataset counts them beforehand; a stream is not read twice for that. What is trained is the same."""
+    rows = with_users(preferences, ["ann", None, "bo", "new", "ann", "nobody", "bo", None])
+    weights = []
+    for data in (rows, rows.to_iterable_dataset()):
+        settings = {"trainer_kwargs": {"train_dataset": data, "user_vocab": ["ann", "bo", "cy"]}}
+        trainer = make_trainer(per_device_train_batch_size=8, optim="sgd", max_steps=1, **settings)
+        trainer.train()
+        weights.append(trainer.user_model.user_offsets.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-4)  # the rows are in another order
+    assert weights[1].ne(0).any(dim=1).tolist() == [False, True, True, False]
+
+
+def test_the_rows_of_a_stream_are_followed_through_a_collator(make_trainer, preferences):
+    data = preferences.to_iterable_dataset()
+    collator = DataCollatorForPreference(pad_token_id=0, max_length=32)
+    found = []
+    for own in (collator, lambda examples: collator(examples[::-1])):
+        trainer = make_trainer(trainer_kwargs={"train_dataset": data, "data_collator": own}, optim="sgd")
+        trainer.train()
+        found.append(trainer.user_model.user_offsets.weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+    assert found[0].any()
+
+    def changed(examples):
+        batch = collator(examples)
+        return batch if len(examples) == 1 else batch | {"input_ids": batch["input_ids"] + 1}
+
+    trainer = make_trainer(trainer_kwargs={"train_dataset": data, "data_collator": changed})
+    with pytest.raises(ValueError, match="cannot be told which users the rows of the collator"):
+        trainer.train()
+
+
+def test_a_stream_that_diverges_stops_and_one_that_is_resumed_goes_on(make_trainer, preferences, tmp_path, caplog):
+    stream = {"trainer_kwargs": {"train_dataset": preferences.to_iterable_dataset()}}
+    with pytest.raises(FloatingPointError, match="The training has diverged"):
+        make_trainer(learning_rate=1e30, max_steps=20, **stream).train()
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **stream}
+    straight = make_trainer(**settings)
+    straight.train()
+    (tmp_path / "out/checkpoint-3/trainer_state.json").unlink()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    make_trainer(**settings).train(resume_from_checkpoint=True)
+    assert "training starts afresh" in caplog.text
 
 
 def test_a_plain_config_trains_with_the_default_settings(make_trainer, make_args):

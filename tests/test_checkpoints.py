@@ -2,12 +2,7 @@
 
 import json
 import logging
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +24,6 @@ from trl_personal import (
     UserVocab,
 )
 from trl_personal.models.folder_checks import check_fingerprints
-from trl_personal.training.run_folder import checkpoint_to_resume
 
 
 BOTH = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -542,52 +536,6 @@ def test_push_to_hub_uploads_the_users_too(make_trainer, monkeypatch, tmp_path):
     trainer.model.push_to_hub("me/mine")
     loaded = AutoPersonalizedModelForCausalLM.from_pretrained(uploaded)
     assert torch.equal(loaded.user_model(torch.arange(3)), trainer.user_model(torch.arange(3)))
-
-
-KILLED_SCRIPT = """
-import sys
-from datasets import Dataset
-from peft import LoraConfig
-from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
-
-model, output_dir, max_steps, resume = sys.argv[1:]
-rows = [{"prompt": "please write", "chosen": " yes", "rejected": " no", "user_id": i % 2} for i in range(8)]
-args = PersonalizedDPOConfig(output_dir, max_steps=int(max_steps), save_steps=1, save_total_limit=3, bf16=False, use_cpu=True,
-    report_to="none", num_virtual_tokens=3, max_length=32, disable_tqdm=True, logging_steps=1000)
-trainer = PersonalizedDPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows))
-trainer.train(resume_from_checkpoint=resume == "resume" or None)
-trainer.save_model()
-"""
-
-
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments_leave_something_to_resume_from(model_dirs, tmp_path):
-    """`kill -9` while a process writes checkpoints as fast as it can; the next one goes on from the last that is whole."""
-    output_dir, moments = tmp_path / "out", random.Random(0)
-    command = [sys.executable, "-c", KILLED_SCRIPT, model_dirs["gptj"], str(output_dir)]
-
-    def steps():
-        return [int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*")]
-
-    for number in range(20):
-        resume = "resume" if number else "start"
-        before = max(steps(), default=0)
-        process = subprocess.Popen(
-            [*command, "100000", resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        while max(steps(), default=0) <= before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        whole = checkpoint_to_resume(output_dir)
-        assert whole is not None
-        assert AutoPersonalizedModelForCausalLM.from_pretrained(whole).user_vocab is not None
-    last = max(steps()) + 2
-    subprocess.run([*command, str(last), "resume"], check=True, capture_output=True)
-    AutoPersonalizedModelForCausalLM.from_pretrained(output_dir)
-    assert not list(output_dir.glob(".saving-*"))
 
 
 def test_adapter_with_a_reference_copy_is_saved_and_loaded(make_trainer, model_dirs, tmp_path, tokenizer):

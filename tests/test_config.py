@@ -102,3 +102,20 @@ def test_parses_from_the_command_line(tmp_path):
 def test_bad_settings_are_refused(make, settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+def test_batches_that_would_tear_pairs_apart_are_refused(make):
+    config = {"dispatch_batches": True, "split_batches": True}
+    with pytest.raises(ValueError, match="`dispatch_batches` and `split_batches` would give the chosen answers"):
+        make(accelerator_config=config)
+    assert make(accelerator_config={"dispatch_batches": True}).accelerator_config.dispatch_batches
+    assert make(user_model_kind="none", accelerator_config=config).accelerator_config.split_batches
+
+
+@pytest.mark.parametrize("config_class", [PersonalizedDPOConfig, DPOConfig])
+def test_padding_free_is_refused_until_trl_has_it(make_args, make_trainer, config_class, caplog):
+    with pytest.raises(ValueError, match="`padding_free=True` does nothing in this version of TRL"):
+        make_trainer(args=make_args(config_class, padding_free=True))
+    assert (
+        make_trainer(user_model_kind="none", padding_free=True).padding_free is False
+    )  # if it is not, take the refusal off

@@ -1,23 +1,27 @@
 """Every family of language models: conditioning, no users, and generation, with no code of its own."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from conftest import LLAMA_SIZES, WORDS, make_tokenizer
-from families import IDS, SIZES, make_family
+from families import GROUPED, HEADS, IDS, SIZES, make_family
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    MllamaForCausalLM,
     NemotronHConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model
 
@@ -42,6 +46,112 @@ def personalize(model):
 @pytest.fixture(params=sorted(SIZES))
 def family(request):
     return request.param
+
+
+# --- Where the decoder is not what `get_decoder()` returns -----------------------------------------------------------------
+
+HIDDEN = {
+    "modernbert-decoder": HEADS | {"local_attention": 4, "global_attn_every_n_layers": 2},
+    "llama4_text": HEADS | {"intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 32},
+    "mllama": {},
+}
+
+
+def make_hidden(name):
+    torch.manual_seed(0)
+    if name == "mllama":
+        text = (
+            HEADS
+            | IDS
+            | {"cross_attention_layers": [], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        )
+        model = MllamaForCausalLM(MllamaTextConfig(**text)).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **IDS, **HIDDEN[name])).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(HIDDEN))
+def test_the_decoder_is_found_where_get_decoder_returns_something_else(name):
+    plain = make_hidden(name)
+    assert (
+        "inputs_embeds" not in inspect.signature(plain.get_decoder().forward).parameters
+        or plain.get_decoder() is plain
+    )
+    model = personalize(copy.deepcopy(plain))
+    ids, users = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor([1, 2])
+    embeds = torch.cat([model.user_model(users), plain.get_input_embeddings()(ids)], dim=1)
+    with torch.no_grad():
+        found, expected = (
+            model(ids, user_indices=users).logits,
+            plain(inputs_embeds=embeds).logits[:, NUM_VIRTUAL_TOKENS:],
+        )
+    torch.testing.assert_close(found, expected)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, user_ids=["ann", "bo"], **options)
+    for row, user in enumerate(("ann", "bo")):
+        assert torch.equal(together[row], model.generate(ids[row : row + 1], user_ids=user, **options)[0])
+
+
+def test_such_a_family_trains_its_users(make_trainer, tmp_path):
+    make_hidden("modernbert-decoder").save_pretrained(tmp_path / "model")
+    settings = {"trainer_kwargs": {"model": str(tmp_path / "model"), "processing_class": make_tokenizer()}}
+    trainer = make_trainer(**settings)
+    trainer.train()
+    assert (trainer.user_model.user_offsets.weight[1:].abs().sum(dim=1) > 0).all()
+    make_hidden("llama4_text").save_pretrained(tmp_path / "model")
+    for kind in ("none", "individual"):  # TRL's own head takes what `get_decoder()` returns for a decoder
+        with pytest.raises(AttributeError, match="last_hidden_state"):
+            make_trainer(user_model_kind=kind, **settings).train()
+
+
+NEED_TOKENS = {  # what a family reads beside the embeddings -> sizes with which it does
+    "gemma3n_text": (
+        "embedding of its own for each token id",
+        HEADS | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 19,
+                 "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
+                 "laurel_rank": 4},
+    ),
+    "gemma4_text": (
+        "embedding of its own for each token id",
+        HEADS | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 19,
+                 "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "deepseek_v4": ("sends tokens to experts by their ids", GROUPED | {"n_routed_experts": 4, "moe_intermediate_size": 32}),
+    "prophetnet": ("reads other outputs of its decoder", {"hidden_size": 32, "num_decoder_layers": 1, "num_encoder_layers": 1,
+                   "decoder_ffn_dim": 32, "encoder_ffn_dim": 32, "num_decoder_attention_heads": 2,
+                   "num_encoder_attention_heads": 2}),
+    "cpmant": ("has no decoder below its LM head that takes embeddings", {"hidden_size": 32, "num_attention_heads": 2,
+               "dim_head": 16, "dim_ff": 32, "num_hidden_layers": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEED_TOKENS)
+def test_a_family_that_needs_more_than_embeddings_is_refused_by_name(name):
+    """Their decoders take embeddings, and compute something else from them in silence, or fail in the middle."""
+    message, sizes = NEED_TOKENS[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **IDS, **sizes))
+    user_model = IndividualUserModel(UserModelConfig(1, 2, model.get_input_embeddings().weight.shape[1]))
+    with pytest.raises(ValueError, match=f"{type(model).__name__}.*{message}"):
+        attach_user_model(model, user_model, UserVocab(["ann"]))
+
+
+def test_without_embeddings_in_its_layers_it_is_like_any_other():
+    name = "gemma4_text"
+    sizes = NEED_TOKENS[name][1] | {"hidden_size_per_layer_input": 0}
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **IDS, **sizes)).eval()
+    model = personalize(copy.deepcopy(plain))
+    ids, users = torch.tensor([[5, 6, 7, 8]]), torch.tensor([1])
+    embeds = torch.cat([model.user_model(users), plain.get_input_embeddings()(ids)], dim=1)
+    found, expected = model(ids, user_indices=users).logits, plain(inputs_embeds=embeds).logits[:, NUM_VIRTUAL_TOKENS:]
+    torch.testing.assert_close(found, expected)
+
+
+# --- Every family ------------------------------------------------------------------------------------------------------
 
 
 def assert_reads_every_word(tokenizer, add_bos=False):

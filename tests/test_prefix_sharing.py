@@ -106,6 +106,25 @@ def test_packed_rows_score_the_same(family, attention, users):
     assert_same(with_users(model), batch, USERS[users], pack_pairs(**batch))
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [[([5, 6], [], [])], [([5], [6], [6])], [([1], [7], [7]), ([5], [6], [6])]],
+    ids=["no answers", "equal answers", "two pairs"],
+)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "falcon"])
+def test_a_packed_row_may_have_one_column(family, attention, pairs):
+    """transformers puts the heads of a group into the columns of the query if there is only one."""
+    model = make_family(family)
+    model.set_attn_implementation(attention)
+    batch = collate(pairs)
+    packed = pack_pairs(**batch)
+    assert packed.tokens.shape == (len(pairs), 1)
+    model = with_users(model)
+    for users in (None, torch.arange(len(pairs)).repeat(2)):
+        assert_same(model, batch, users, packed)
+
+
 @pytest.mark.parametrize("num_virtual_tokens", [3, 5])
 def test_soft_prompts_in_the_call_are_packed_as_users_are(num_virtual_tokens):
     model = with_users(make_model("llama"))

@@ -1,14 +1,22 @@
 """4-bit and 8-bit base models, and optimizers with 8-bit states, for real: bitsandbytes runs on the CPU."""
 
+import copy
+import json
+import shutil
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import LLAMA_SIZES, make_tokenizer
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_soft_prompt import make_user_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from trl_personal import AutoPersonalizedModelForCausalLM
+from trl_personal import AutoPersonalizedModelForCausalLM, UserVocab, attach_user_model
 from trl_personal.models.saving import get_base_model
+from trl_personal.training.divergence import describe_nonfinite
+from trl_personal.training.precision import keep_quantized_weights
 
 
 QUANTIZATIONS = {
@@ -112,6 +120,26 @@ def test_saved_qlora_loads_in_any_precision(make_qlora, tmp_path, name):
         assert sequences.shape == (2, 7)
 
 
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+def test_an_evaluation_on_the_way_leaves_the_training_as_it_is(make_qlora, preferences, precompute):
+    """bitsandbytes repacks 4-bit weights for CPUs that have AVX512-BF16 where no gradient is wanted, and none comes after."""
+    losses = []
+    for evaluates in (False, True):
+        settings = {"eval_strategy": "steps", "eval_steps": 1} if evaluates else {}
+        trainer = make_qlora(
+            max_steps=3,
+            precompute_ref_log_probs=precompute,
+            share_prefix="never",
+            trainer_kwargs={"eval_dataset": preferences} if evaluates else {},
+            **settings,
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+    assert losses[0][2] < losses[0][0]
+    trainer.save_model()  # and repacked weights are not saved
+
+
 def test_resumed_qlora_is_the_uninterrupted_run_but_for_peft_reading_adapters_as_float32(make_qlora, tmp_path):
     """TRL trains the adapters of a quantized model in bfloat16, PEFT loads them as float32. The users are float32 in both."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -167,3 +195,151 @@ def test_a_quantized_instance_can_be_passed(make_trainer, model_dir):
     )
     trainer.train()
     assert get_base_model(trainer.model) is model
+
+
+# --- What was mended for other models, on a 4-bit base ---------------------------------------------------------------------
+
+IDS, USERS = torch.tensor([[1, 5, 6, 7], [5, 6, 7, 8]]), torch.tensor([1, 2])
+GREEDY = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def qlora_dir(tmp_path_factory, model_dir):
+    """An adapter with users on a base that is 4-bit when it is loaded so; the rows are drawn, not trained."""
+    folder = tmp_path_factory.mktemp("qlora")
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    attach_user_model(model, make_user_model(128), UserVocab(["ann", "bo"]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_4bit(folder):
+    config = BitsAndBytesConfig(**QUANTIZATIONS["4bit"])
+    return AutoPersonalizedModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def test_a_4bit_model_refuses_what_goes_by_token_ids(qlora_dir):
+    model = load_4bit(qlora_dir)
+    values = {"prompt_lookup_num_tokens": 2, "assistant_model": model, "inputs_embeds": torch.ones(2, 4, 128)}
+    for name, value in values.items():
+        with pytest.raises(ValueError, match=f"does not take `{name}`"):
+            model.generate(IDS, user_ids="ann", **{name: value}, **GREEDY)
+    with pytest.raises(ValueError, match="`generate_batch` .* does not know users"):
+        model.get_base_model().generate_batch([[1, 5]])
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_of_a_4bit_model_is_its_users(qlora_dir):
+    model = load_4bit(qlora_dir)
+    options = GREEDY | {"user_ids": ["ann", "bo"]}
+    first = model.generate(IDS, return_dict_in_generate=True, **options)
+    more = torch.cat([first.sequences, IDS[:, 1:3]], dim=1)
+    expected = model.generate(more, **options)
+    with pytest.raises(ValueError, match="was filled for other users"):
+        model.generate(
+            more, past_key_values=copy.deepcopy(first.past_key_values), **options | {"user_ids": ["bo", "ann"]}
+        )
+    assert torch.equal(model.generate(more, past_key_values=first.past_key_values, **options), expected)
+
+
+@pytest.mark.parametrize("damage", ["users", "rows", "adapter", "base"])
+def test_a_4bit_base_is_loaded_with_what_was_saved(qlora_dir, model_dir, tmp_path, damage):
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(qlora_dir, folder)
+    shutil.copytree(model_dir, base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    load_4bit(folder)
+    if damage == "users":
+        (folder / "user_model/users.json").write_text('{"bo": 1, "ann": 2}')
+    else:
+        file = {"rows": folder / "user_model/user_model.safetensors", "adapter": folder / "adapter_model.safetensors"}
+        path = file.get(damage, base / "model.safetensors")
+        tensors = load_file(path)
+        name = max(tensors)
+        tensors[name] = tensors[name] + 1
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is not the file that|parts of two saves"):
+        load_4bit(folder)
+
+
+def test_a_full_evaluation_in_half_precision_leaves_a_4bit_base_alone(make_qlora, preferences):
+    trainer = make_qlora(max_steps=1, bf16_full_eval=True)
+    trainer.train()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(IDS, user_indices=USERS).logits
+        trainer.evaluate(preferences)
+        assert torch.equal(trainer.model(IDS, user_indices=USERS).logits, expected)
+    after = trainer.model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        assert value.dtype == before[name].dtype, name
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_diverged_run_on_a_4bit_base_stops(make_qlora, tmp_path):
+    with pytest.raises(FloatingPointError, match="rows of users, are not finite"):
+        make_qlora(
+            max_steps=20, user_learning_rate=1e38, learning_rate=1e-5, save_strategy="steps", save_steps=1
+        ).train()
+    for path in (tmp_path / "out").glob("checkpoint-*"):
+        assert describe_nonfinite(load_4bit(path)) is None
+
+
+def test_a_run_on_a_4bit_base_starts_afresh_where_nothing_is_whole(make_qlora, tmp_path, caplog):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    first = make_qlora(**settings)
+    first.train()
+    (tmp_path / "out/checkpoint-2/trainer_state.json").unlink()
+    again = make_qlora(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert "training starts afresh" in caplog.text
+    assert torch.equal(first.user_model.user_offsets.weight, again.user_model.user_offsets.weight)
+
+
+def test_frozen_users_on_a_4bit_base_do_not_count_in_the_gradient_norm(make_qlora):
+    norms = []
+    for rate in (0.0, 1e-9):
+        trainer = make_qlora(max_steps=1, user_learning_rate=rate)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] < norms[1]
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"trainable_token_indices": [5, 6]}, {"modules_to_save": ["embed_tokens"]}], ids=str
+)
+def test_embeddings_beside_a_4bit_base_are_trained_and_loaded(make_qlora, tmp_path, adapter):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **adapter)
+    trainer = make_qlora(trainer_kwargs={"peft_config": config})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    trainer.model.eval()
+    loaded = load_4bit(tmp_path / "final")
+    keep_quantized_weights(loaded)  # as in the trainer
+    with torch.no_grad():
+        found, expected = (model(IDS, user_indices=USERS).logits.float() for model in (loaded, trainer.model))
+        for ids in (IDS, torch.tensor([5, 6])):
+            embedded, trained = (model.get_input_embeddings()(ids).float() for model in (loaded, trainer.model))
+            assert torch.equal(embedded, trained)
+    assert torch.equal(loaded.user_model.user_offsets.weight, trainer.user_model.user_offsets.weight)
+    # TRL trains whole embeddings beside a quantized base in bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.5 if "modules_to_save" in adapter else 2e-2)
+
+
+def test_a_4bit_model_is_as_large_as_its_config_says(model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS["4bit"])
+    )
+    attach_user_model(model, make_user_model(128), UserVocab(["ann", "bo"]))
+    model.save_pretrained(tmp_path)
+    load_4bit(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10**9}))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path)

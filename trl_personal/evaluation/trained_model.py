@@ -13,9 +13,8 @@ from peft import PeftModel
 from transformers import AutoProcessor, PrinterCallback
 
 from ..files import checkpoints_newest_first, read_json
-from ..models.attach import is_personalized
 from ..models.loading import AutoPersonalizedModelForCausalLM, find_user_model, is_adapter, load_language_model
-from ..models.saving import get_base_model
+from ..models.saving import get_base_model, is_personalized
 from ..serving.writer import processor_name
 from ..training.config import PersonalizedDPOConfig
 from ..training.dpo import PersonalizedDPOTrainer

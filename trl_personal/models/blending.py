@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..user_models import UserModel
 from ..users import GENERIC_USER_INDEX, UserId, UserVocab
+from .soft_prompt import soft_prompts_of
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def blended_soft_prompts(
     for row, (found, blend) in enumerate(zip(rows, blends, strict=True)):
         for index, weight in zip(found, blend.values(), strict=True):
             weights[row, place[index]] += strengths[row] * weight
-    own = user_model(torch.tensor(indices, device=device))
+    own = soft_prompts_of(user_model, torch.tensor(indices, device=device)).to(device)
     prompts = own[0] + torch.einsum("bu,utd->btd", weights, own - own[0])
     is_plain = [s == 1 and not isinstance(user, Mapping) for s, user in zip(strengths, users, strict=True)]
     of_row = torch.tensor([place[row[0]] for row in rows], device=device)

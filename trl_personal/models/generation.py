@@ -32,6 +32,11 @@ from .soft_prompt import SoftPromptInsertion, insert_position_ids, insert_values
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_AROUND = (
+    "PEFT has put an adapter around a model that has users. It is called and writes as before, but the adapter's "
+    "`save_pretrained` does not write the users, and PEFT has frozen them. Put the adapter on first: "
+    "`users = detach_user_model(model)`, `model = get_peft_model(model, config)`, `attach_user_model(model, *users)`."
+)
 CONTINUOUS_BATCHING = (
     "`{name}` (continuous batching) does not know users: it takes token ids, which do not hold a soft prompt, and would "
     "write the plain model's text. Use `generate(..., user_ids=[...])`, or take the users off first "
@@ -41,6 +46,12 @@ CONTINUOUS_BATCHING = (
 
 class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
     """Added in front of a causal LM's class by [`attach_user_model`]: generation for a batch of users, calls of its own."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Says so when PEFT, which leaves `peft_config` in a model, puts an adapter around one that has users."""
+        if name == "peft_config" and name not in vars(self):
+            logger.warning(ADAPTER_AROUND)
+        super().__setattr__(name, value)
 
     user_model: UserModel
     user_vocab: UserVocab
@@ -101,9 +112,11 @@ class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
             tokenizer = kwargs.get("tokenizer")
             input_ids, attention_mask = self._insert_profiles(user_profiles, tokenizer, input_ids, attention_mask)
         with torch.no_grad():
+            embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+            input_ids, attention_mask = input_ids.to(embeds.device), attention_mask.to(embeds.device)
             soft_prompt = self._soft_prompts(user_ids, user_strength, input_ids)
             conditioned, positions, token, virtual = self._soft_prompt_insertion.condition(
-                soft_prompt, input_ids, attention_mask
+                soft_prompt, input_ids, attention_mask, embeds
             )
         caches = {name: value for name, value in kwargs.items() if is_cache(value)}
         for name, cache in caches.items():

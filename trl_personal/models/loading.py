@@ -17,7 +17,7 @@ from ..files import read_json
 from ..user_models import UserModel
 from ..user_models.base import CONFIG_FILE, read_header, read_user_model_config
 from ..users import USERS_FILE, UserVocab
-from .attach import attach_user_model, check_vocab
+from .attach import attach_user_model
 from .folder_checks import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,7 +31,7 @@ from .folder_checks import (
     naming,
     read_adapter_config,
 )
-from .saving import USER_MODEL_FOLDER, embedding_size, get_base_model
+from .saving import USER_MODEL_FOLDER, check_vocab, embedding_size, get_base_model
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ class AutoPersonalizedModelForCausalLM:
         if model is causal_lm and not Path(name).is_dir():
             causal_lm.config.name_or_path = name  # and not its place in the cache
         num_tokens = embedding_size(causal_lm.get_input_embeddings())[0]
-        check_bos_token_id(folder, config, num_tokens, causal_lm.config.get_text_config().bos_token_id)
+        bos_token_id = getattr(causal_lm.config.get_text_config(), "bos_token_id", None)
+        check_bos_token_id(folder, config, num_tokens, bos_token_id)
         template = config.get("user_profile_template")
         attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)
         return (model, info) if kwargs.get("output_loading_info") else model
@@ -250,7 +251,17 @@ def _load_adapter(
     check_base_model(folder, config, name, revision)
     _resize_as_saved(base, folder)
     with naming(path):
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable), info
+        return PeftModel.from_pretrained(
+            base, str(folder), is_trainable=is_trainable, **_places_in_adapter(base, kwargs)
+        ), info
+
+
+def _places_in_adapter(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where the parts of an offloaded base model are, by their names in a `PeftModel`, which takes the model back first."""
+    if not any(parameter.is_meta for parameter in base.parameters()):
+        return {}
+    places = {f"base_model.model.{name}" if name else "": place for name, place in base.hf_device_map.items()}
+    return {"device_map": places, "offload_folder": kwargs.get("offload_folder")}
 
 
 def _resize_as_saved(base: PreTrainedModel, folder: Path) -> None:

@@ -25,7 +25,8 @@ def remove_mixin(module: nn.Module, mixin: type) -> None:
 def _with_mixin(mixin: type, cls: Any) -> Any:
     # transformers and PEFT write and compare class names, so the subclass keeps the name of the class
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (mixin, cls), {**names, "_replaced": (mixin, cls), "__reduce_ex__": _reduce})
+    ours = {"_replaced": (mixin, cls), "__reduce_ex__": _reduce, "__new__": _new_object}
+    return type(cls.__name__, (mixin, cls), {**names, **ours})
 
 
 @cache
@@ -42,6 +43,18 @@ def _without_mixin(mixin: type, cls: Any) -> Any:
     if bases == cls.__bases__:
         return cls
     return type(cls)(cls.__name__, bases, {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})
+
+
+def _new_object(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """
+    A call of the class, as in `type(model)(config)` or `type(model).from_pretrained(name)`, makes an object of the class that
+    ours replaced: what has been added to one object is not in a new one. Copies come without arguments.
+    """
+    if not args and not kwargs:
+        return object.__new__(cls)
+    while (ours := next((base for base in cls.__mro__ if "_replaced" in vars(base)), None)) is not None:
+        cls = vars(ours)["_replaced"][1]
+    return cls(*args, **kwargs)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..files import staged_folder, weight_files
 from ..user_models import UserModel
 from ..user_models.base import CONFIG_FILE
+from ..users import UserVocab
 from .folder_checks import base_model_files, language_model_files
 
 
@@ -22,6 +24,11 @@ HUB_PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision
 def get_base_model(model: nn.Module) -> Any:
     """The language model itself: `model`, or what is inside if it is a `PeftModel`."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_personalized(model: nn.Module) -> bool:
+    """Whether a user model is attached to `model`."""
+    return isinstance(get_base_model(model), PersonalizedSaving)
 
 
 class PersonalizedSaving:
@@ -42,8 +49,17 @@ class PersonalizedSaving:
         Each file is replaced as a whole. `user_model_config.json` comes last and holds fingerprints of the weights beside
         it, so a folder in which a kill left files of two saves is refused by [`AutoPersonalizedModelForCausalLM`]. Other
         arguments are those of the model's own `save_pretrained`.
+
+        Raises:
+            `ValueError`: if what is to be written could not be loaded again: users that are not those of the vocabulary, or
+            4-bit weights that bitsandbytes has repacked for a CPU.
         """
         save = super().save_pretrained  # type: ignore[misc]
+        if not is_personalized(self):  # type: ignore[arg-type]  # the users were taken off the model inside
+            more = {"push_to_hub": True} if push_to_hub else {}
+            save(save_directory, *args, is_main_process=is_main_process, state_dict=state_dict, **kwargs, **more)
+            return
+        _check_what_is_saved(self)
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_PUSH_ARGUMENTS if name in kwargs}
         if not is_main_process:
             save(save_directory, *args, is_main_process=False, state_dict=state_dict, **kwargs)
@@ -68,6 +84,39 @@ class PersonalizedSaving:
             self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)  # type: ignore[attr-defined]
 
 
+def check_vocab(user_model: UserModel, user_vocab: UserVocab) -> None:
+    """
+    Make sure that there is a row for each user.
+
+    Raises:
+        `ValueError`: if the user model is one of more users than the vocabulary lists, or of fewer.
+    """
+    if user_model.config.num_users != len(user_vocab):
+        raise ValueError(
+            f"The user model has rows for {user_model.config.num_users} users, the vocabulary has {len(user_vocab)}. Give the "
+            "vocabulary it was made for (`user_vocab=`), or a user model of that many users."
+        )
+
+
+def user_model_keys(user_model: UserModel) -> set[str]:
+    """The names that the parameters and buffers of a user model have in a language model."""
+    return {f"user_model.{name}" for name in user_model.state_dict()}
+
+
+def _check_what_is_saved(model: Any) -> None:
+    """Let a user model that was put in the place of another one be saved as such, and refuse what could not be loaded."""
+    causal_lm = get_base_model(model)
+    check_vocab(causal_lm.user_model, causal_lm.user_vocab)
+    causal_lm._keys_to_ignore_on_save |= user_model_keys(causal_lm.user_model)
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes has repacked the 4-bit weights of `{name}` for this CPU when they were first used, and does "
+                "not undo that rightly: what is saved, and the model itself, would be something else. Load the model again, "
+                "and save it before it is used."
+            )
+
+
 def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """
     Write `user_model/` into `directory`, with fingerprints of the weights that are there, and of the base model of an
@@ -75,6 +124,10 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
     """
     causal_lm = get_base_model(model)
     folder = directory / USER_MODEL_FOLDER
+    if state_dict is None and any(parameter.is_meta for parameter in causal_lm.user_model.parameters()):
+        # accelerate leaves the parameters of the outermost module out
+        found = get_state_dict_offloaded_model(nn.ModuleDict({"users": causal_lm.user_model}))
+        state_dict = {name.removeprefix("users."): value for name, value in found.items()}
     template = causal_lm.user_profile_template
     causal_lm.user_vocab.save_pretrained(folder)
     causal_lm.user_model.save_files(

@@ -5,6 +5,7 @@ A row is `[BOS] e_1 ... e_T x_1 ... x_n` if it starts with the BOS token, else `
 side stays where it is. Everything is index arithmetic on `positions`, the number of columns in front of the soft prompt.
 """
 
+import inspect
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -137,6 +138,18 @@ def _gather(values: Tensor, columns: Tensor) -> Tensor:
     return values[torch.arange(values.shape[0], device=values.device)[:, None], columns.to(values.device)]
 
 
+def find_decoder(causal_lm: Any) -> nn.Module | None:
+    """
+    The module below the LM head that makes hidden states of embeddings, `None` if there is none. `get_decoder()` returns it in
+    most families; in a few it returns the LM head (which is called `decoder` in ModernBERT) or the model itself (Llama 4).
+    """
+    for module in (causal_lm.get_decoder(), causal_lm.base_model, getattr(causal_lm, "model", None)):
+        if module is not causal_lm and module is not None:
+            if "inputs_embeds" in inspect.signature(module.forward).parameters:
+                return module
+    return None
+
+
 class SoftPromptInsertion:
     """
     Conditions a causal LM on users: with `user_indices` (LongTensor `(batch,)`) in the call, each row gets its user's soft
@@ -159,7 +172,7 @@ class SoftPromptInsertion:
     def __init__(self, causal_lm: Any, bos_token_id: int | None) -> None:
         self.causal_lm = causal_lm
         self.bos_token_id = bos_token_id
-        decoder = causal_lm.get_decoder()
+        decoder: Any = find_decoder(causal_lm)
         self._handles = [
             causal_lm.register_forward_pre_hook(self._take_users, with_kwargs=True),
             causal_lm.register_forward_hook(self._check_users),
@@ -168,11 +181,6 @@ class SoftPromptInsertion:
             ),  # before masks are made of it
             decoder.register_forward_hook(self._realign, prepend=True, always_call=True),
         ]
-
-    @property
-    def user_model(self) -> UserModel:
-        """The user model: a submodule of the causal LM."""
-        return self.causal_lm.user_model
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -184,11 +192,11 @@ class SoftPromptInsertion:
         soft_prompts: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """
         `inputs_embeds` and `attention_mask` for the decoder, with `positions`, `token` and `virtual` (see the functions).
-        The embeddings of `input_ids` are looked up, unless they are given, as where a model has put images into them.
+        `inputs_embeds` are those of `input_ids`, into which a model may have put images.
 
         Raises:
             `ValueError`: if the soft prompts do not fit the rows, or the mask is not `(batch, seq_len)`. `TypeError`: if
@@ -199,8 +207,6 @@ class SoftPromptInsertion:
                 f"With users, the decoder needs an `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}. "
                 f"{type(self.causal_lm).__name__} was given, or has prepared, another one: not supported."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.causal_lm.get_input_embeddings()(input_ids)
         _check_soft_prompts(soft_prompts, input_ids.shape[0], inputs_embeds.shape[-1])
         positions = insertion_positions(input_ids, attention_mask, self.bos_token_id)
         token, virtual = source_columns(positions, input_ids.shape[1], soft_prompts.shape[1])
@@ -220,14 +226,16 @@ class SoftPromptInsertion:
                 "`soft_prompts=model.user_model(user_indices)`. Leave one of them out."
             )
         if user_indices is not None or soft_prompts is not None:
-            keep(self, "users", (user_indices, soft_prompts, args[0] if args else kwargs.get("input_ids")))
+            # the model that is called, which is a copy of ours where `DataParallel` made one for another device
+            keep(self, "users", (causal_lm, user_indices, soft_prompts, args[0] if args else kwargs.get("input_ids")))
         return args, kwargs
 
     def _check_users(self, causal_lm: nn.Module, args: tuple, output: Any) -> None:
         if take(self, "users") is not None:
             raise RuntimeError(
-                f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. "
-                "Please report the model."
+                f"{type(causal_lm).__name__} does not call its decoder as a module, so the soft prompts were not put in. If "
+                "the decoder was replaced after the user model was attached, attach it again (`detach_user_model`, "
+                "`attach_user_model`); else please report the model."
             )
 
     def _insert(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -236,7 +244,7 @@ class SoftPromptInsertion:
             if in_call():  # a call of the decoder inside a conditioned one, by somebody's hook, is plain
                 keep(self, "inserted", None)
             return args, kwargs
-        user_indices, soft_prompts, input_ids = users
+        causal_lm, user_indices, soft_prompts, input_ids = users
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None` for most
         embeds_at_call = "inputs_embeds" in kwargs and "input_ids" in kwargs
         kwargs.pop("input_ids", None)
@@ -246,9 +254,12 @@ class SoftPromptInsertion:
         if any(cache.get_seq_length() > 0 for cache in caches):
             raise ValueError("A call with users cannot continue from a cache; use `generate(..., user_ids=...)`.")
         if soft_prompts is None:
-            _check_user_indices(user_indices, input_ids.shape[0], self.user_model.config.num_users)
-            soft_prompts = self.user_model(user_indices)
+            _check_user_indices(user_indices, input_ids.shape[0], causal_lm.user_model.config.num_users)
+            soft_prompts = soft_prompts_of(causal_lm.user_model, user_indices)
         embeds = kwargs.pop("inputs_embeds", None)
+        if embeds is None:
+            embeds = causal_lm.get_input_embeddings()(input_ids)
+        input_ids = input_ids.to(embeds.device)  # a model that is offloaded moves what it is given
         conditioned, positions, token, virtual = self.condition(
             soft_prompts, input_ids, kwargs.pop("attention_mask", None), embeds
         )
@@ -268,6 +279,18 @@ class SoftPromptInsertion:
             return None
         positions, num_virtual_tokens = inserted
         return realign_outputs(output, positions, num_virtual_tokens)
+
+
+def soft_prompts_of(user_model: UserModel, user_indices: Tensor) -> Tensor:
+    """
+    The soft prompts of the users in these rows `(batch, T, token_dim)`, also where `user_indices` are on another device than
+    the users: those of a language model that is offloaded stay where they were.
+    """
+    for parameter in user_model.parameters():
+        if not parameter.is_meta:  # users that are offloaded themselves move what they are given
+            user_indices = user_indices.to(parameter.device)
+        break
+    return user_model(user_indices)
 
 
 def _check_user_indices(user_indices: Tensor, batch_size: int, num_users: int) -> None:

@@ -183,6 +183,17 @@ class PersonalizedDPOConfig(PersonalizationConfig, DPOConfig):
                 '`generic_term="sampled"` cannot be combined with `user_profile_column`: the two terms read different '
                 'prompts. Use "exact", or train without profiles.'
             )
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches and accelerator.split_batches and self.user_model_kind != "none":
+            raise ValueError(
+                "`accelerator_config` with both `dispatch_batches` and `split_batches` would give the chosen answers of a "
+                "batch to one process and the rejected ones to another. Leave one of them out."
+            )
+        if self.padding_free and self.user_model_kind != "none":
+            raise ValueError(
+                "`padding_free=True` does nothing in this version of TRL, which pads all the same after a warning. Leave it "
+                "out (`share_prefix` saves the tokens that a pair has twice)."
+            )
         check_user_profile_template(self.user_profile_template)
 
 

@@ -4,11 +4,13 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..user_models import UserModel
+from .processes import said_by_any
 
 
 logger = logging.getLogger(__name__)
@@ -17,7 +19,8 @@ logger = logging.getLogger(__name__)
 class DivergenceCallback(TrainerCallback):
     """
     Looks at the trained weights before anything is logged, evaluated or saved, at the end of training, and where a loss is not
-    finite. (A loss alone that is not finite stops nothing: with float16, such a step is left out.)
+    finite. (A loss alone that is not finite stops nothing: with float16, such a step is left out.) Several processes look and
+    stop together, which is why a loss that is not finite, which only some of them may have, does not make them look.
 
     Args:
         stops (`bool`): Whether to raise; otherwise the run goes on after a warning.
@@ -38,9 +41,10 @@ class DivergenceCallback(TrainerCallback):
         """
         if torch.isfinite(loss).all():
             return
-        self._looks_bad = True
         self.first_bad_loss = step if self.first_bad_loss is None else self.first_bad_loss
-        self._look(model, step - 1)
+        if PartialState().num_processes == 1:  # of several, only some may see it; they look together
+            self._looks_bad = True
+            self._look(model, step - 1)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,7 +69,7 @@ class DivergenceCallback(TrainerCallback):
 
     def _look(self, model: nn.Module, step: int) -> None:
         """Raise, or warn, if a weight is not finite after `step`."""
-        found = describe_nonfinite(model)
+        found = said_by_any(describe_nonfinite(model))
         if found is None:
             self.last_good_step = step
             return

@@ -42,6 +42,7 @@ from .collator import DataCollatorForPersonalizedPreference
 from .config import PersonalizedDPOConfig
 from .mixin import PersonalizedTrainerMixin
 from .packing import SharedPrompts, pack_for_reference
+from .precision import keep_quantized_weights
 from .reference_cache import keep_tokens, reference_fingerprint, rows_fingerprint, tokens_on_disk
 from .run_users import EvalDatasets
 from .user_metrics import pair_margins
@@ -299,6 +300,8 @@ class PersonalizedDPOTrainer(PersonalizedTrainerMixin, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As in TRL, but cached by the reference's weights and the tokens only: runs with other user settings share it."""
+        if self.args.user_model_kind != "none":
+            keep_quantized_weights(self.model)
         if self.args.user_model_kind == "none" or not isinstance(dataset, Dataset) or not is_caching_enabled():
             return super()._precompute_ref_logps(dataset, name, batch_size)
         if self._reference_fingerprint is None:

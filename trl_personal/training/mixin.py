@@ -24,6 +24,7 @@ from .config import PersonalizationConfig
 from .divergence import DivergenceCallback
 from .movement import MovementCallback
 from .optimizer import DEFAULT_STEP, add_user_groups, measure_embedding_std, move_to_user_groups, user_groups
+from .precision import keep_quantized_weights
 from .run_users import (
     EvalDatasets,
     check_settings,
@@ -154,6 +155,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
 
     def _attach(self, user_vocab: UserVocab, user_model: UserModel | None) -> None:
         """Attach the user model. After TRL's own set-up, whose reference, precomputation and hash must not see users."""
+        keep_quantized_weights(self.model)
         tokenizer = self.tokenizer_of_text
         if user_model is None:
             user_model = make_user_model(self.args, len(user_vocab), self.model, tokenizer, self.args.seed)

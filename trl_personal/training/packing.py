@@ -69,6 +69,8 @@ class SharedPrompts:
         parallelism = trainer.accelerator.parallelism_config
         if trainer.args.n_gpu > 1 or (parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)):
             return "rows are split between devices"
+        if trainer.accelerator.num_processes > 1 and trainer.args.accelerator_config.dispatch_batches:
+            return "one process makes the batches of all (`dispatch_batches`)"
         if trainer._is_vision_dataset:
             return "there are images in the data"
         if trainer.aux_loss_enabled:

@@ -1,4 +1,4 @@
-"""Weights that are cast for a while."""
+"""Weights that are cast for a while, and those that must not be."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +33,13 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
             parameter.data = data
         for module, name, buffer in buffers:
             setattr(module, name, buffer)
+
+
+def keep_quantized_weights(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes from repacking 4-bit weights. On CPUs with AVX512-BF16 it does so when a layer is first used without a
+    gradient, for good: after an evaluation no gradient would go through, and after a save the weights would be others.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -400,10 +400,13 @@ class PrefixSharing:
         dtype = next(value.dtype for value in decoder.parameters() if value.is_floating_point())
         num_virtual_tokens = branches.shape[1] - packed.branches.shape[1]
         row_length = num_virtual_tokens + packed.scores.shape[1]  # the last token of a row is in no packed one
+        # a single column has nothing to leave out, and transformers puts grouped heads into its place
+        in_blocks = self.has_blocks and self.config._attn_implementation == "sdpa" and branches.shape[1] > 1
+        in_blocks &= not torch.compiler.is_compiling()
         masks: dict[str, Tensor] = {}
         for kind in self._kinds():
             window = self.config.sliding_window if kind == "sliding_attention" else None
-            if self.has_blocks and self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
+            if in_blocks:
                 num_rejected = packed.rejected.shape[1]
                 masks[kind] = PackedAttentionMask.make(branches, position_ids, num_rejected, row_length, window)
                 continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..files import checkpoints_newest_first, read_json
+from .processes import said_by_any
 
 
 logger = logging.getLogger(__name__)
@@ -18,28 +19,30 @@ LOCK_FILE = ".training.lock"
 @contextmanager
 def only_run_in(folder: Path, is_main_process: bool = True) -> Iterator[None]:
     """
-    Hold the folder of a run inside; the lock ends with the process, however that ends.
+    Hold the folder of a run inside, for all its processes; the lock ends with the main process, however that ends.
 
     Raises:
-        `RuntimeError`: if another run holds it. Nothing of that run has been touched then.
+        `RuntimeError`: in all processes, if another run holds it. Nothing of that run has been touched then.
     """
-    if not is_main_process:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RuntimeError(
-            f"Another run is training in {folder}. Two runs would replace and delete each other's checkpoints: wait for it, "
-            "or give this one another `output_dir`."
-        ) from error
+    problem = None
+    if is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            problem = (
+                f"Another run is training in {folder}. Two runs would replace and delete each other's checkpoints: wait for "
+                "it, or give this one another `output_dir`."
+            )
+    if (problem := said_by_any(problem)) is not None:
+        raise RuntimeError(problem)
     try:
         yield
     finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        lock.release()
+        if is_main_process:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
 
 
 def checkpoint_to_resume(output_dir: Path) -> str | None:

@@ -12,7 +12,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.attach import detach_user_model, is_personalized
+from ..models.attach import detach_user_model
 from ..models.folder_checks import check_fingerprints
 from ..models.loading import (
     HUB_PULL_ARGUMENTS,
@@ -23,7 +23,7 @@ from ..models.loading import (
     is_adapter,
     load_user_model,
 )
-from ..models.saving import embedding_size, get_base_model
+from ..models.saving import embedding_size, get_base_model, is_personalized
 from ..user_column import (
     AnyDataset,
     collect_users,

@@ -107,6 +107,7 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         self.config = config
         self._names_of_rows: frozenset[str] | None = None
         self._hub_mixin_config = None  # the config has a file of its own, so the mixin must not write `config.json`
+        self.register_load_state_dict_post_hook(_keep_float32)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `half()`, `to(...)` and `cuda()` call for each tensor: moves are made, casts from float32 are not."""
@@ -496,6 +497,12 @@ def read_user_model_config(directory: Path) -> dict[str, Any]:
 def _tensors(user_model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, also those that are not saved."""
     return {**dict(user_model.named_parameters()), **dict(user_model.named_buffers())}
+
+
+def _keep_float32(user_model: "UserModel", incompatible_keys: object) -> None:
+    """After `load_state_dict(..., assign=True)`, which takes the dtypes of what is loaded."""
+    if user_model.keeps_float32:
+        user_model.float()
 
 
 def _whole(tensor: Tensor) -> Tensor:
