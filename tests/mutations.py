@@ -1525,8 +1525,8 @@ MUTATIONS = [
     Mutation(
         "a blend from the mean of users",
         "models/blending.py",
-        "prompts = own[0] + torch.einsum(\"bu,utd->btd\", weights, own - own[0])",
-        "prompts = own.mean(dim=0) + torch.einsum(\"bu,utd->btd\", weights, own - own.mean(dim=0))",
+        'prompts = own[0] + torch.einsum("bu,utd->btd", weights, own - own[0])',
+        'prompts = own.mean(dim=0) + torch.einsum("bu,utd->btd", weights, own - own.mean(dim=0))',
         ("blending",),
     ),
     Mutation(
