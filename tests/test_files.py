@@ -107,6 +107,17 @@ def test_a_save_removes_what_a_kill_has_left_and_nothing_of_one_that_still_write
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_the_file_that_names_the_others_takes_its_place_last(tmp_path, monkeypatch):
+    """Readers between two files see the old list of fingerprints, which refuses, and never a new one of files not there yet."""
+    placed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: placed.append(target.name) or replace(source, target))
+    with files.staged_folder(tmp_path, last="b") as folder:
+        for name in "cba":
+            (folder / name).write_text(name)
+    assert placed == ["a", "c", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
 def test_a_user_model_is_replaced_by_attaching_it_and_saving_all(two_saves, tmp_path):
     """The documented way to combine parts of two saves on purpose; a copy of the files is refused."""
     two_saves["old"].save_pretrained(tmp_path / "old")
