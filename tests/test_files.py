@@ -108,7 +108,7 @@ def test_a_save_removes_what_a_kill_has_left_and_nothing_of_one_that_still_write
 
 
 def test_the_file_that_names_the_others_takes_its_place_last(tmp_path, monkeypatch):
-    """Readers between two files see the old list of fingerprints, which refuses, and never a new one of files not there yet."""
+    """Readers between two files see the old list of fingerprints, which refuses, never a new one of files not there yet."""
     placed, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: placed.append(target.name) or replace(source, target))
     with files.staged_folder(tmp_path, last="b") as folder:
