@@ -1619,7 +1619,7 @@ MUTATIONS = [
         "models/generation.py",
         "if differ and _is_called_by_a_pipeline():",
         "if False:",
-        ("generation_limits",),
+        ("generation",),
     ),
     Mutation(
         "a set of users in any order",
