@@ -19,7 +19,6 @@ with every number, and `length_by_user.png`; the vanilla model is in `vanilla/` 
 
 import copy
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from trl_personal.data import load_tldr, make_length_preferences
 from trl_personal.evaluation import answers_by_user, evaluate_trainer, opposite_users
 from trl_personal.evaluation.plots import plot_length_by_user
 from trl_personal.terminal import print_whole
+from trl_personal.threads import fastest_num_threads
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -60,23 +60,6 @@ class ScriptArguments:
     repetition_penalty: float = field(default=1.0, metadata={"help": "On tokens of the post and the answer."})
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "No n-gram of this size comes twice; 0 for any."})
     num_threads: int = field(default=0, metadata={"help": "Threads of the CPU; 0 for what is fastest now."})
-
-
-def fastest_num_threads(rounds=4):
-    """
-    The number of threads with which steps like those of the small GPT-J take the least time now. Two are faster than one on an
-    idle machine, and several times slower on a busy one, where threads wait for each other. Numbers of threads take turns.
-    """
-    layers = torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128), torch.nn.Linear(128, 4096)
-    model, rows = torch.nn.Sequential(*layers), torch.randn(1024, 128)
-    numbers = [number for number in (1, 2, 4) if number <= len(os.sched_getaffinity(0))]
-    seconds = dict.fromkeys(numbers, 0.0)
-    for number in numbers * (rounds if len(numbers) > 1 else 0):
-        torch.set_num_threads(number)
-        start = time.perf_counter()
-        model(rows).square().mean().backward()
-        seconds[number] += time.perf_counter() - start
-    return min(numbers, key=lambda number: seconds[number])
 
 
 def warm_up(dataset, script_args, training_args):

@@ -1,5 +1,6 @@
 """One CPU thread, no network, tiny models from configs, eight preferences of two users."""
 
+import copy
 import os
 import tempfile
 
@@ -99,7 +100,8 @@ def byte_level_words():
 
 def make_model(family="gptj", seed=0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    # a copy: what is saved or cast writes its dtype into the config, and the next test's model would be made in it
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
     for parameter in model.parameters():  # some families start biases and norms at 0 and 1, which hides mistakes
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval()

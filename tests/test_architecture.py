@@ -31,7 +31,18 @@ OUTSIDE = {  # what a room, or a file of one, may import from outside the standa
     "data": {"datasets", "numpy"},
 }
 # rooms on the ground import no room above them; others import what ARROWS says, and those on the ground: arrows run down
-GROUND = {"_version", "agreement", "arrays", "canvas", "files", "intervals", "preference_rows", "terminal", "users"}
+GROUND = {
+    "_version",
+    "agreement",
+    "arrays",
+    "canvas",
+    "files",
+    "intervals",
+    "preference_rows",
+    "terminal",
+    "threads",
+    "users",
+}
 ARROWS = {
     "user_column": set(),
     "user_profile": {"user_column"},

@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 from trl_personal import IndividualUserModel, UserModelConfig, UserVocab, attach_user_model, detach_user_model
 from trl_personal.models.calls import in_call, keep, take
+from trl_personal.threads import fastest, fastest_num_threads
 from trl_personal.training.prefix_sharing import pack_pairs
 
 
@@ -359,3 +361,16 @@ def test_outside_of_a_call_there_is_nothing_to_take_and_no_place_to_keep():
     assert take(object(), "users") is None
     with pytest.raises(RuntimeError, match="Attach the user model again"):
         keep(object(), "users", 1)
+
+
+# --- How many ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_number_of_threads_is_what_is_fastest_now(busy):
+    """A clock in place of a machine: two threads are faster when it is idle, and five times as slow when it is busy."""
+    seconds = {1: 0.02, 2: 0.1 if busy else 0.005}
+    before = torch.get_num_threads()
+    assert fastest([1, 2], lambda: time.sleep(seconds[torch.get_num_threads()]), rounds=2) == (1 if busy else 2)
+    assert torch.get_num_threads() == before
+    assert fastest_num_threads(rounds=1) in (1, 2, 4)
