@@ -1518,8 +1518,8 @@ MUTATIONS = [
     Mutation(
         "users of a batch mixed up in generation",
         "models/blending.py",
-        "own[of_row]",
-        "own[of_row.flip(0)]",
+        "place[row[0]] for row in rows]",
+        "place[row[0]] for row in rows[::-1]]",
         ("generation",),
     ),
     Mutation(

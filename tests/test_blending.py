@@ -113,7 +113,7 @@ def test_the_command_line_takes_strengths_and_blends(tmp_path, make_trainer, cap
     for parameter in trainer.user_model.parameters():
         parameter.data.normal_()
     trainer.save_model(str(tmp_path / "out"))
-    (tmp_path / "users.jsonl").write_text('"ann"\nnull\n{"ann": 0.5, "bo": 0.5}\n{"nobody": 1.0}\n')
+    (tmp_path / "users.jsonl").write_text('"ann"\nnull\n{"ann": 0.5, "bo": 0.5}\n{"nobody": 1.0}\n"ann"\n"12"\n12\n')
     command = [
         "generate",
         "--model",
@@ -131,8 +131,8 @@ def test_the_command_line_takes_strengths_and_blends(tmp_path, make_trainer, cap
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     whole = run("--users_file", str(tmp_path / "users.jsonl"))
-    assert [row["user_id"] for row in whole] == ["ann", None, {"ann": 0.5, "bo": 0.5}, {"nobody": 1.0}]
-    assert [row["known"] for row in whole] == [True, False, True, False]
+    assert [row["user_id"] for row in whole] == ["ann", None, {"ann": 0.5, "bo": 0.5}, {"nobody": 1.0}, "12"]
+    assert [row["known"] for row in whole] == [True, False, True, False, False]
     assert whole[3]["text"] == whole[1]["text"]
     none = run("--users", "ann,bo", "--user_strength", "0")
     assert {row["text"] for row in none} == {whole[1]["text"]}

@@ -17,7 +17,7 @@ def fastest_num_threads(rounds: int = 4) -> int:
     Args:
         rounds (`int`, *optional*, defaults to `4`): How often each number has its turn.
     """
-    numbers = [number for number in (1, 2, 4) if number <= len(os.sched_getaffinity(0))]
+    numbers = [number for number in (1, 2, 4) if number <= (os.cpu_count() or 1)]
     layers = nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128), nn.Linear(128, 4096)
     model, rows = nn.Sequential(*layers), torch.randn(1024, 128)
     return fastest(numbers, lambda: model(rows).square().mean().backward(), rounds)

@@ -69,8 +69,9 @@ def _read_blends(path: str) -> list[Any]:
             raise ValueError(
                 f"{path}, line {number} must be a user id, null or an object of weights by user id; found {line:.80}."
             )
+        user = str(user) if isinstance(user, int) else user  # 12 and "12" are one user
         if user not in users:
-            users.append(str(user) if isinstance(user, int) else user)
+            users.append(user)
     if not users:
         raise ValueError(f"There is no user in {path}. Leave the option out for the generic user.")
     return users

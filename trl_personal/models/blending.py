@@ -52,15 +52,17 @@ def blended_soft_prompts(
     )
     indices = sorted({GENERIC_USER_INDEX, *(index for row in rows for index in row)})
     place = {index: number for number, index in enumerate(indices)}
+    own = soft_prompts_of(user_model, torch.tensor(indices, device=device)).to(device)
+    alone = own[torch.tensor([place[row[0]] for row in rows], device=device)]
+    is_plain = [s == 1 and not isinstance(user, Mapping) for s, user in zip(strengths, users, strict=True)]
+    if all(is_plain):  # nearly always: nothing to mix
+        return alone, num_unknown
     weights = torch.zeros(len(users), len(indices), device=device)
     for row, (found, blend) in enumerate(zip(rows, blends, strict=True)):
         for index, weight in zip(found, blend.values(), strict=True):
             weights[row, place[index]] += strengths[row] * weight
-    own = soft_prompts_of(user_model, torch.tensor(indices, device=device)).to(device)
     prompts = own[0] + torch.einsum("bu,utd->btd", weights, own - own[0])
-    is_plain = [s == 1 and not isinstance(user, Mapping) for s, user in zip(strengths, users, strict=True)]
-    of_row = torch.tensor([place[row[0]] for row in rows], device=device)
-    return torch.where(torch.tensor(is_plain, device=device)[:, None, None], own[of_row], prompts), num_unknown
+    return torch.where(torch.tensor(is_plain, device=device)[:, None, None], alone, prompts), num_unknown
 
 
 def as_strengths(user_strength: Any, batch_size: int) -> list[float]:
