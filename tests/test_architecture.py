@@ -52,7 +52,7 @@ ARROWS = {
     "models": {"user_models", "user_profile"},
     "serving": {"models", "user_profile"},
     "training": {"models", "user_models", "user_column", "user_profile"},
-    "evaluation": {"training", "serving", "models", "user_models", "user_column", "user_profile"},
+    "evaluation": {"audit", "training", "serving", "models", "user_models", "user_column", "user_profile"},
     "cli": {
         "audit",
         "data",

@@ -14,6 +14,7 @@ from ..intervals import Interval, cluster_share
 from ..serving.writer import Request, write_answers
 from ..user_profile import Prompt
 from ..users import UserId
+from .answer_features import count_words, distinct_n
 
 
 GENERIC_USER = "generic user"  # its name where a table or a file needs one
@@ -94,34 +95,6 @@ def opposite_users(preferences: Mapping[str, str]) -> dict[str, str]:
 
 
 # --- What answers are like ----------------------------------------------------------------------------------------------
-
-
-def count_words(text: str) -> int:
-    """
-    The number of words of a text, between spaces.
-
-    ```python
-    >>> count_words("Why is it blue?")
-    4
-    ```
-    """
-    return len(text.split())
-
-
-def distinct_n(answers: Sequence[str], n: int) -> float | None:
-    """
-    The number of distinct n-grams of words among all n-grams of some answers (Li et al. 2016), as a share; `None` if no answer
-    has `n` words.
-
-    ```python
-    >>> distinct_n(["a b a b", "a b"], 2)
-    0.5
-    ```
-    """
-    grams = [
-        tuple(words[i : i + n]) for words in (answer.split() for answer in answers) for i in range(len(words) - n + 1)
-    ]
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def summarize_answers(

@@ -25,7 +25,8 @@ from ..user_models import UserModel
 from ..user_models.movement import Movement, measure_movement
 from ..user_profile import Prompt
 from ..users import UserId, UserVocab
-from .answers import GENERIC_USER, answers_by_user, count_words, opposite_users, summarize_answers
+from .answer_features import count_words
+from .answers import GENERIC_USER, answers_by_user, opposite_users, summarize_answers
 from .baselines import (
     adapter_config,
     check_baselines,
