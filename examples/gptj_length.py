@@ -13,18 +13,17 @@ The small GPT-J on your own rows, in the raw schema of `openai/summarize_from_fe
 
     accelerate launch examples/gptj_length.py --dataset_path rows.jsonl --sft_steps 250 --output_dir out
 
-Each run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the personalized model, `results.json`
-with every number, and `length_by_user.png`; the vanilla model is in `vanilla/` there. `docs/evaluation.md` goes on from here.
+Each run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the personalized model, the vanilla one,
+its pairs, `results.json` with every number, and `length_by_user.png`, and prints the commands that go on from there.
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, GPT2Tokenizer, GPTJConfig, GPTJForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -32,8 +31,10 @@ from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.data import load_tldr, make_length_preferences
 from trl_personal.evaluation import answers_by_user, evaluate_trainer, opposite_users
 from trl_personal.evaluation.plots import plot_length_by_user
+from trl_personal.evaluation.run_files import next_commands, write_pairs, write_results
 from trl_personal.terminal import print_whole
 from trl_personal.threads import fastest_num_threads
+from trl_personal.training.progress import quiet_libraries, with_progress
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -90,8 +91,8 @@ def warm_up(dataset, script_args, training_args):
         warmup_steps=20,
         **{name: getattr(training_args, name) for name in same},
     )
-    dataset, model = Dataset.from_list(rows), GPTJForCausalLM(config)
-    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    inputs = {"args": args, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer = with_progress(SFTTrainer(GPTJForCausalLM(config), **inputs), "warming up the small model")
     trainer.train()
     trainer.save_model()
     return args.output_dir
@@ -100,20 +101,21 @@ def warm_up(dataset, script_args, training_args):
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
     torch.set_num_threads(script_args.num_threads or fastest_num_threads())
-    disable_progress_bars()
+    quiet_libraries()
     set_seed(training_args.seed)
     path = script_args.dataset_path
     dataset = load_tldr(path) if path else make_length_preferences(seed=training_args.seed)
     preferences = dict(zip(dataset["train"]["user_id"], dataset["train"]["preference"], strict=True))
     test = dataset["test"].filter(lambda row: row["user_id"] in preferences)
     opposite = opposite_users(preferences)
+    write_pairs(DatasetDict(train=dataset["train"], test=test), output_dir)
     model = model_args.model_name_or_path or warm_up(dataset["train"], script_args, training_args)
     tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name or model)
     training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     inputs = {"train_dataset": dataset["train"], "processing_class": tokenizer}
     inputs |= {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
 
-    trainer = PersonalizedDPOTrainer(model, args=training_args, **inputs)
+    trainer = with_progress(PersonalizedDPOTrainer(model, args=training_args, **inputs), "P-DPO")
     trainer.train()
     trainer.save_model()
     prompts = list(dict.fromkeys(test["prompt"]))[: script_args.num_prompts]
@@ -124,7 +126,7 @@ def main(script_args, training_args, model_args):
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
-    vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
+    vanilla_trainer = with_progress(PersonalizedDPOTrainer(model, args=vanilla_args, **inputs), "vanilla DPO")
     vanilla_trainer.train()
     vanilla_trainer.save_model()
 
@@ -132,14 +134,14 @@ def main(script_args, training_args, model_args):
     evaluation = evaluate_trainer(trainer, test, **controls, prompts=prompts, answers=answers)
     if not trainer.is_world_process_zero():
         return
-    results = evaluation.to_dict()
-    run = {**results.pop("run"), "seed": training_args.seed, "wall_seconds": round(time.time() - start, 1)}
-    (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
+    seconds = round(time.time() - start, 1)
+    write_results(output_dir / "results.json", evaluation, seed=training_args.seed, wall_seconds=seconds)
     plot_length_by_user(output_dir / "length_by_user.png", evaluation.length_rows())
     pair = [users[0], opposite[users[0]]]
-    print_whole(evaluation.users_table(), evaluation.answers_table(0, pair))
-    print_whole(evaluation.answers_table(1, [*pair, users[-2], None]), evaluation.report.verdict)
-    print_whole(f"{output_dir}/results.json and length_by_user.png after {run['wall_seconds']:.0f} s")
+    answers = [evaluation.answers_table(0, pair), evaluation.answers_table(1, [*pair, users[-2], None])]
+    print_whole(evaluation.users_table(), *answers, evaluation.report.verdict)
+    print_whole(f"{output_dir}/results.json and length_by_user.png after {seconds:.0f} s. Go on with:\n")
+    print_whole(next_commands(output_dir, pair, prompts[0], ref_model=model, opposite_column="preference"))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ Each run trains P-DPO, then vanilla DPO with the same budget, and leaves the mod
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -31,7 +30,9 @@ from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer, render_u
 from trl_personal.data import load_prism, make_dialogue_preferences
 from trl_personal.evaluation import answers_by_user, evaluate_trainer
 from trl_personal.evaluation.plots import plot_report
+from trl_personal.evaluation.run_files import next_commands, write_pairs, write_results
 from trl_personal.terminal import print_whole
+from trl_personal.training.progress import quiet_libraries, with_progress
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -87,9 +88,8 @@ def warm_up(dataset, script_args, training_args):
     same = ("bf16", "gradient_checkpointing", "max_length", "save_strategy", "seed")
     options = {name: getattr(training_args, name) for name in same} | {"learning_rate": 5e-3, "warmup_steps": 20}
     args = SFTConfig(f"{training_args.output_dir}/warmed_up", max_steps=script_args.sft_steps, **options)
-    trainer = SFTTrainer(
-        LlamaForCausalLM(config), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    inputs = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer = with_progress(SFTTrainer(LlamaForCausalLM(config), args, **inputs), "warming up the small model")
     trainer.train()
     trainer.save_model()
     return args.output_dir
@@ -97,11 +97,12 @@ def warm_up(dataset, script_args, training_args):
 
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
-    disable_progress_bars()
+    quiet_libraries()
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
     set_seed(seed)
     dataset = load_prism(path, test_size=size) if path else make_dialogue_preferences(seed=seed)
     train, test, unknown = (dataset[split] for split in ("train", "test", "test_unknown_users"))
+    write_pairs(dataset, output_dir)
     test = test.filter(lambda row, known=frozenset(train["user_id"]): row["user_id"] in known)
     users = list(dict.fromkeys(test["user_id"]))
     model = model_args.model_name_or_path or warm_up(train, script_args, training_args)
@@ -110,7 +111,7 @@ def main(script_args, training_args, model_args):
     inputs = {"train_dataset": train, "processing_class": tokenizer}
     inputs |= {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
 
-    trainer = PersonalizedDPOTrainer(model, args=training_args, **inputs)
+    trainer = with_progress(PersonalizedDPOTrainer(model, args=training_args, **inputs), "P-DPO")
     trainer.train()
     trainer.save_model()
     prompts = [row["prompt"] for row in test.shuffle(seed) if row["turn"] == 0][: script_args.num_prompts]
@@ -120,8 +121,9 @@ def main(script_args, training_args, model_args):
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
-    vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
+    vanilla_trainer = with_progress(PersonalizedDPOTrainer(model, args=vanilla_args, **inputs), "vanilla DPO")
     vanilla_trainer.train()
+    vanilla_trainer.save_model()
 
     column = "preference" if "preference" in test.column_names else None
     controls = {"vanilla": vanilla_trainer, "preference_column": column}
@@ -130,14 +132,17 @@ def main(script_args, training_args, model_args):
     unknown_users = {"with_profile": accuracy["own"].value, "without": accuracy["generic"].value}
     if not trainer.is_world_process_zero():
         return
-    results = {**evaluation.to_dict(), "unknown_users": unknown_users}
-    run = {**results.pop("run"), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
-    (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
+    numbers = {"unknown_users": unknown_users, "seed": seed, "wall_seconds": round(time.time() - start, 1)}
+    write_results(output_dir / "results.json", evaluation, **numbers)
     plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
     print_whole(evaluation.users_table(), "Swapped: the soft prompt and the profile of another user.")
     print_whole("Unknown users:", unknown_users, evaluation.answers_table(0, [*users[:3], None]))
     print_whole(evaluation.report.verdict)
-    print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
+    print_whole(
+        f"{output_dir}/results.json and accuracy_by_user.png after {numbers['wall_seconds']:.0f} s. Go on with:\n"
+    )
+    last = prompts[0][-1]["content"]
+    print_whole(next_commands(output_dir, users[:2], last, ref_model=model, opposite_column=column))
 
 
 if __name__ == "__main__":

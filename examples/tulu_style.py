@@ -17,13 +17,12 @@ Each run trains P-DPO, then vanilla DPO with the same budget, and leaves the per
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -32,7 +31,9 @@ from trl_personal.data import load_psoups, make_style_preferences
 from trl_personal.data.psoups import STYLES, opposite_style
 from trl_personal.evaluation import answers_by_user, evaluate_trainer
 from trl_personal.evaluation.plots import plot_report
+from trl_personal.evaluation.run_files import next_commands, write_pairs, write_results
 from trl_personal.terminal import print_whole
+from trl_personal.training.progress import quiet_libraries, with_progress
 
 
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
@@ -88,7 +89,7 @@ def warm_up(dataset, script_args, training_args):
     options = {name: getattr(training_args, name) for name in same} | {"learning_rate": 5e-3, "warmup_steps": 20}
     args = SFTConfig(f"{training_args.output_dir}/warmed_up", max_steps=script_args.sft_steps, **options)
     inputs = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
-    trainer = SFTTrainer(LlamaForCausalLM(config), args=args, **inputs)
+    trainer = with_progress(SFTTrainer(LlamaForCausalLM(config), args=args, **inputs), "warming up the small model")
     trainer.train()
     trainer.save_model()
     return args.output_dir
@@ -96,13 +97,14 @@ def warm_up(dataset, script_args, training_args):
 
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
-    disable_progress_bars()
+    quiet_libraries()
     set_seed(training_args.seed)
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
     dataset = load_psoups(path, test_size=size) if path else make_style_preferences(seed=seed)
     dataset = dataset.map(lambda row: {"preference": STYLES[row["user_id"]], "dimension": row["user_id"][:2]})
     if path:
         dataset = dataset.map(lambda row: {"prompt": script_args.prompt_template.format(prompt=row["prompt"])})
+    write_pairs(dataset, output_dir)
     test, users = dataset["test"], sorted(set(dataset["train"]["user_id"]))
     model = model_args.model_name_or_path or warm_up(dataset["train"], script_args, training_args)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -110,7 +112,7 @@ def main(script_args, training_args, model_args):
     inputs = {"train_dataset": dataset["train"], "processing_class": tokenizer}
     inputs |= {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
 
-    trainer = PersonalizedDPOTrainer(model, args=training_args, **inputs)
+    trainer = with_progress(PersonalizedDPOTrainer(model, args=training_args, **inputs), "P-DPO")
     trainer.train()
     trainer.save_model()
     prompts = list(dict.fromkeys(test["prompt"]))[: script_args.num_prompts]
@@ -121,21 +123,22 @@ def main(script_args, training_args, model_args):
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
-    vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
+    vanilla_trainer = with_progress(PersonalizedDPOTrainer(model, args=vanilla_args, **inputs), "vanilla DPO")
     vanilla_trainer.train()
+    vanilla_trainer.save_model()
 
     opposite = {user: opposite_style(user) for user in users}
     controls = {"vanilla": vanilla_trainer, "opposite_users": opposite, "preference_column": "preference"}
     evaluation = evaluate_trainer(trainer, test, **controls, prompts=prompts, answers=answers)
     if not trainer.is_world_process_zero():
         return
-    results = evaluation.to_dict()
-    run = {**results.pop("run"), "seed": seed, "wall_seconds": round(time.time() - start, 1)}
-    (output_dir / "results.json").write_text(json.dumps({**run, **results}, indent=2))
+    seconds = round(time.time() - start, 1)
+    write_results(output_dir / "results.json", evaluation, seed=seed, wall_seconds=seconds)
     plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
     print_whole(evaluation.users_table(), *(evaluation.answers_table(0, part) for part in (users[:3], users[3:])))
     print_whole(evaluation.answers_table(1, [*users[4:], None]), evaluation.report.verdict)
-    print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {run['wall_seconds']:.0f} s")
+    print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {seconds:.0f} s. Go on with:\n")
+    print_whole(next_commands(output_dir, users[:2], prompts[0], ref_model=model))
 
 
 if __name__ == "__main__":
