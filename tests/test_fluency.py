@@ -1,4 +1,4 @@
-"""Log probabilities of answers, equal to those of a direct call; the reference policy, which is the model that training started from."""
+"""Log probabilities of answers, equal to those of a direct call, and the reference policy: what training started from."""
 
 import numpy as np
 import pytest

@@ -216,6 +216,29 @@ def make_eval_parser() -> ArgumentParser:
     answers.add_argument(
         "--do_sample", action="store_true", help="sample tokens, instead of taking the likeliest ones"
     )
+    answers.add_argument(
+        "--wish_column",
+        metavar="NAME",
+        help="column with each user's wish in words (Answer in one short sentence.): the base is told it where fluency is "
+        "measured, and so is a judge",
+    )
+    answers.add_argument(
+        "--judge",
+        metavar="JUDGE",
+        help="compares users' answers with the generic user's: a function package.module:name, a reward model reward:FOLDER, "
+        "or a model of an OpenAI-compatible endpoint, openai:NAME",
+    )
+    answers.add_argument(
+        "--judge_base_url",
+        metavar="URL",
+        help="the endpoint, such as http://localhost:8000/v1; default: OPENAI_BASE_URL, or OpenAI. The key is in OPENAI_API_KEY",
+    )
+    parser.add_argument(
+        "--probes",
+        action="store_true",
+        help="what personalization costs: accuracy where users agree, distance from the base on neutral prompts, and how often "
+        "users are told what they like to hear",
+    )
     _add_loading_options(parser)
     parser.add_argument(
         "--batch_size", type=_positive, default=8, metavar="N", help="pairs scored at a time; default: 8"

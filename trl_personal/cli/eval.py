@@ -12,6 +12,11 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..data.generic import Splits
 from ..evaluation import ModelEvaluation, evaluate_model, personalization_table
+from ..evaluation.answers import Judge
+from ..evaluation.answers_report import answers_table
+from ..evaluation.judged import judge_table
+from ..evaluation.judges import make_judge
+from ..evaluation.probes import probes_table
 from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
 from .arguments import ColumnArguments
@@ -28,6 +33,7 @@ def run_eval(arguments: Namespace) -> None:
     for name in (arguments.model, arguments.vanilla):
         if name is not None:
             check_model_name(name)
+    judge = _judge(arguments)
     splits = _load(arguments, arguments.dataset_name, arguments.dataset_config)
     with redirect_stdout(sys.stderr), _bars() as hidden:  # progress does not go where the result goes
         evaluation = evaluate_model(
@@ -46,6 +52,9 @@ def run_eval(arguments: Namespace) -> None:
             },
             num_generate=arguments.generate,
             generate_kwargs={"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample},
+            wish_column=arguments.wish_column,
+            judge=judge,
+            probes=arguments.probes,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             disable_tqdm=hidden,
@@ -59,6 +68,15 @@ def run_eval(arguments: Namespace) -> None:
         sys.stderr.write(f"{warning}\n")
     sys.stderr.write(f"{', '.join(files)} are in {folder}.\n")
     _write(evaluation, arguments)
+
+
+def _judge(arguments: Namespace) -> Judge | None:
+    """The judge that was asked for, made before anything long starts."""
+    if arguments.judge is None:
+        return None
+    if not arguments.generate:
+        raise ValueError("A judge compares answers, so there must be some: add `--generate N`.")
+    return make_judge(arguments.judge, arguments.judge_base_url)
 
 
 @contextmanager
@@ -82,7 +100,7 @@ def _load(arguments: Namespace, name: str, config: str | None) -> Splits:
         ColumnArguments.of(arguments),
         user_id_column=arguments.user_id_column or settings.get("user_id_column", "user_id"),
         user_profile_column=settings.get("user_profile_column"),
-        extra_columns=[arguments.opposite_column],
+        extra_columns=[arguments.opposite_column, arguments.wish_column],
     )
 
 
@@ -123,14 +141,18 @@ def _write(evaluation: ModelEvaluation, arguments: Namespace) -> None:
         found = evaluation.to_dict()
         if not arguments.list_users:
             del found["users"], found["samples"]
+            for part in ("answers", "judge", "probes"):
+                if found[part] is not None:
+                    del found[part]["users"]
         sys.stdout.write(json_line(found, indent=2) + "\n")
         return
-    print_whole(personalization_table(evaluation.report, arguments.list_users))
-    if evaluation.answers:
-        drifts = [row["length_drift"] for row in evaluation.answers if row["user_id"] is not None]
-        text = (
-            f"{sum(drifts) / len(drifts):+.1f} (from {min(drifts):+.1f} to {max(drifts):+.1f})"
-            if drifts
-            else "no known user"
-        )
-        sys.stdout.write(f"Length of answers in words, the users' own minus the reference's, mean of users: {text}.\n")
+    tables = [personalization_table(evaluation.report, arguments.list_users)]
+    if evaluation.answers_report is not None:
+        tables.append(answers_table(evaluation.answers_report, arguments.list_users))
+    if evaluation.judge_report is not None:
+        tables.append(judge_table(evaluation.judge_report, arguments.list_users))
+    if evaluation.probes_report is not None:
+        tables.append(probes_table(evaluation.probes_report, arguments.list_users))
+    print_whole(*tables)
+    if evaluation.answers_report is not None:
+        sys.stdout.write(f"{evaluation.overall_verdict}\n")

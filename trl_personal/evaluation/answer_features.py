@@ -120,6 +120,5 @@ def check_answers(answers: Mapping[Any, Sequence[str]], num_prompts: int) -> Non
     """
     wrong = {str(user): len(texts) for user, texts in answers.items() if len(texts) != num_prompts}
     if wrong:
-        raise ValueError(
-            f"Every user needs one answer to each of {num_prompts} prompts; found other numbers: {dict(list(wrong.items())[:3])}."
-        )
+        some = dict(list(wrong.items())[:3])
+        raise ValueError(f"Every user needs one answer to each of {num_prompts} prompts; found other numbers: {some}.")

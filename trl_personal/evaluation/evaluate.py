@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -12,8 +12,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ..agreement import compare, encode, majority_agreement
-from ..arrays import FloatArray
-from ..models.attach import detach_user_model
+from ..arrays import BoolArray, FloatArray
 from ..models.loading import find_user_model
 from ..models.saving import get_base_model
 from ..serving.writer import processor_name, text_of_last
@@ -26,7 +25,7 @@ from ..user_models.movement import Movement, measure_movement
 from ..user_profile import Prompt
 from ..users import UserId, UserVocab
 from .answer_features import count_words
-from .answers import GENERIC_USER, answers_by_user, opposite_users, summarize_answers
+from .answers import Judge, opposite_users, summarize_answers
 from .baselines import (
     adapter_config,
     check_baselines,
@@ -35,30 +34,41 @@ from .baselines import (
     train_without_users,
     with_user_id_text,
 )
+from .fluency import reference_policy
+from .judged import judge_answers
+from .probes import Probed, Prober, ProbesReport, accuracy_where_users_agree, agreed_pairs, probe_users
 from .results import ModelEvaluation, describe_run
 from .scoring import ScoredPairs, first_profiles, score_pairs
 from .trained_model import PAIRS, make_scoring_trainer, read_log_history
 from .verdict import evaluate_margins
+from .written_answers import WrittenAnswers, measured, texts_of_pairs, write_answers_of_users
 
 
 DIMENSION = "dimension"  # a column with the conflict that a pair is about, where users conflict within groups only
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """Answers of users to `prompts`, and those of the reference if it was asked."""
+@dataclass
+class _Probed:
+    """What was probed so far; vanilla DPO is loaded or trained later."""
 
-    prompts: Sequence[Prompt] = ()
-    of_users: Mapping[UserId, Sequence[str]] | None = None
-    of_reference: Sequence[str] | None = None
+    prober: Prober
+    users: dict[str, Probed]
+    generic: Probed
+    num_users_left_out: int
+    confidence: float
+    vanilla: Probed | None = None
 
-    def samples(self) -> Iterator[dict[str, Any]]:
-        for i, prompt in enumerate(self.prompts):
-            sample: dict[str, Any] = {"prompt": text_of_last(prompt)}
-            if self.of_reference is not None:
-                sample["reference"] = self.of_reference[i]
-            texts = {user or GENERIC_USER: answers[i] for user, answers in (self.of_users or {}).items()}
-            yield sample | {"answers": texts}
+    def report(self, margins: Mapping[str, FloatArray], agreed: BoolArray, prompts: Sequence[str]) -> ProbesReport:
+        scorers = {name: margins[name] for name in ("own", "generic", "vanilla") if name in margins}
+        return ProbesReport(
+            users=self.users,
+            generic=self.generic,
+            base=self.prober.base,
+            vanilla=self.vanilla,
+            num_users_left_out=self.num_users_left_out,
+            num_agreed=int(agreed.sum()),
+            agreed=accuracy_where_users_agree(scorers, agreed, prompts, self.confidence),
+        )
 
 
 def evaluate_trainer(
@@ -70,6 +80,10 @@ def evaluate_trainer(
     preference_column: str | None = None,
     prompts: Sequence[Prompt] = (),
     answers: Mapping[UserId, Sequence[str]] | None = None,
+    base_answers: Mapping[UserId, Sequence[str]] | None = None,
+    wishes: Mapping[UserId, str] | None = None,
+    judge: Judge | None = None,
+    probes: bool = False,
     confidence: float = 0.95,
 ) -> ModelEvaluation:
     """
@@ -83,7 +97,13 @@ def evaluate_trainer(
             conflict, as for [`score_pairs`].
         preference_column (`str`, *optional*): The column of `dataset` that says what the user of a row prefers.
         prompts (`Sequence`, *optional*): The prompts that users have answers to.
-        answers (`Mapping`, *optional*): For each user the answers, as from [`answers_by_user`].
+        answers (`Mapping`, *optional*): For each user the answers, as from [`answers_by_user`]; `None` is the generic user.
+        base_answers (`Mapping`, *optional*): The base's own answers to the same prompts, as from
+            [`~evaluation.fluency.base_answers`]. With them fluency is measured, and whether answers have collapsed.
+        wishes (`Mapping`, *optional*): For users what they wish, in words: the base is told it where fluency is measured, and
+            so is a judge.
+        judge (`Callable`, *optional*): Compares users' answers with the generic user's ([`judge_answers`]).
+        probes (`bool`, *optional*, defaults to `False`): Whether to measure what personalization costs ([`ProbesReport`]).
         confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true mean.
 
     Returns:
@@ -108,12 +128,21 @@ def evaluate_trainer(
     margins = {name: scored.by_row(name, len(dataset)) for name in scored.margins}
     if vanilla is not None:
         margins["vanilla"] = score_pairs(vanilla, dataset).by_row("own", len(dataset))
+    probed = _probe_users(trainer, dataset, confidence) if probes else None
+    if probed is not None and vanilla is not None:
+        probed.vanilla = probed.prober.probe(vanilla.model)
+    written = WrittenAnswers(prompts, answers or {})
+    if answers and base_answers:
+        written = measured(trainer, prompts, answers, base_answers, wishes, trainer.args.per_device_eval_batch_size)
     return _evaluation(
         dataset,
         column,
         scored,
         margins,
-        _Answers(prompts, answers),
+        written,
+        wishes=wishes or {},
+        judge=judge,
+        probed=probed,
         user_model=trainer.user_model,
         user_vocab=trainer.user_vocab,
         preferences=preferences,
@@ -139,6 +168,9 @@ def evaluate_model(
     settings: Mapping[str, Any] | None = None,
     num_generate: int = 0,
     generate_kwargs: Mapping[str, Any] | None = None,
+    wish_column: str | None = None,
+    judge: Judge | None = None,
+    probes: bool = False,
     batch_size: int = 8,
     confidence: float = 0.95,
     seed: int = 0,
@@ -163,6 +195,10 @@ def evaluate_model(
         num_generate (`int`, *optional*, defaults to `0`): The number of prompts of `dataset` that every known user gets an
             answer to, with the user's first profile there if the training had profiles.
         generate_kwargs (`Mapping`, *optional*): Keywords of `model.generate`.
+        wish_column (`str`, *optional*): The column with what each row's user wishes, in words, such as "Answer in one short
+            sentence.": the base is told it where fluency is measured, and so is a judge.
+        judge (`Callable`, *optional*): Compares users' answers with the generic user's ([`judge_answers`]).
+        probes (`bool`, *optional*, defaults to `False`): Whether to measure what personalization costs ([`ProbesReport`]).
         batch_size (`int`, *optional*, defaults to `8`): The number of pairs, or of answers, at a time.
         confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true mean.
         seed (`int`, *optional*, defaults to `0`): Random seed for sampled answers.
@@ -188,7 +224,12 @@ def evaluate_model(
             "Vanilla DPO is either loaded (`--vanilla`) or trained (in `--baselines`): leave one of them out."
         )
     check_baselines(baselines, train_dataset, column)
+    if judge is not None and not num_generate:
+        raise ValueError("A judge compares answers, so there must be some: set `num_generate` (`--generate`).")
     preferences = _values_by_user(dataset, column, opposite_column)
+    wishes: dict[UserId, str] = {
+        user: str(wish) for user, wish in _values_by_user(dataset, column, wish_column).items() if wish
+    }
     options = {"batch_size": batch_size, "disable_tqdm": disable_tqdm, **model_kwargs}
 
     trainer = make_scoring_trainer(model, dataset, settings, ref_model=ref_model, **options)
@@ -197,10 +238,11 @@ def evaluate_model(
     user_model, user_vocab = trainer.user_model, trainer.user_vocab
     of_known = {user: value for user, value in preferences.items() if user in user_vocab}
     scored = score_pairs(trainer, PAIRS, opposite_users(of_known) if of_known else None)
-    answers = _Answers()
+    answers = WrittenAnswers()
     if num_generate:
         set_seed(seed)
-        answers = _write_answers(trainer, dataset, num_generate, batch_size, dict(generate_kwargs or {}))
+        answers = write_answers_of_users(trainer, dataset, num_generate, wishes, batch_size, generate_kwargs or {})
+    probed = _probe_users(trainer, dataset, confidence, batch_size, disable_tqdm) if probes else None
     movement = measure_movement(user_model, trainer.embedding_std)
     base_model = ref_model or str(get_base_model(trainer.model).config.name_or_path)
     del trainer  # baselines need the memory
@@ -217,6 +259,7 @@ def evaluate_model(
             adapter_config(model),
             options,
             {**options, "max_steps": max_steps, "processor": processor_name(model)},
+            probed,
         )
     return _evaluation(
         dataset,
@@ -224,6 +267,9 @@ def evaluate_model(
         scored,
         margins,
         answers,
+        wishes=wishes,
+        judge=judge,
+        probed=probed,
         user_model=user_model,
         user_vocab=user_vocab,
         preferences=preferences,
@@ -247,8 +293,11 @@ def _evaluation(
     column: str,
     scored: ScoredPairs,
     margins: Mapping[str, FloatArray],
-    answers: _Answers,
+    answers: WrittenAnswers,
     *,
+    wishes: Mapping[UserId, str],
+    judge: Judge | None,
+    probed: _Probed | None,
     user_model: UserModel,
     user_vocab: UserVocab,
     preferences: Mapping[str, Any],
@@ -288,8 +337,13 @@ def _evaluation(
         preferences=preferences,
         preference_column=preference_column,
         majority_share=_majority_share(dataset, preference_column) if preference_column else None,
-        answers=summarize_answers(answers.of_users or {}, answers.of_reference),
+        answers=summarize_answers(answers.of_users, answers.of_base.get(None)),
         samples=list(answers.samples()),
+        answers_report=answers.report(texts_of_pairs(dataset, user_ids), confidence),
+        probes_report=None
+        if probed is None
+        else probed.report(of_pairs, agreed_pairs(comparisons, directions, encode(users)[0]), prompts),
+        judge_report=None if judge is None else judge_answers(judge, answers.prompts, answers.of_users, wishes),
         user_model=user_model,
         user_vocab=user_vocab,
         log_history=log_history,
@@ -344,6 +398,7 @@ def _score_baselines(
     peft_config: Any,
     options: Mapping[str, Any],
     train_options: Mapping[str, Any],
+    probed: _Probed | None = None,
 ) -> dict[str, FloatArray]:
     """Margins `(len(dataset),)` of each baseline, NaN where a row was left out."""
     column, size = settings.get("user_id_column", "user_id"), len(dataset)
@@ -357,6 +412,8 @@ def _score_baselines(
         trainer = train_without_users(base_model, train, settings, peft_config, **train_options)
         scored = score_pairs(trainer, dataset)
     margins = {"vanilla": scored.by_row("own", size)}
+    if probed is not None:
+        probed.vanilla = probed.prober.probe(trainer.model)
     if train is None:
         return margins
     if "in_context" in names:
@@ -376,29 +433,22 @@ def _score_baselines(
     return margins
 
 
-def _write_answers(
+def _probe_users(
     trainer: PersonalizedDPOTrainer,
     dataset: Dataset,
-    num_prompts: int,
-    batch_size: int,
-    generate_kwargs: dict[str, Any],
-) -> _Answers:
-    """Answers of the known users of `dataset`, of the generic user and of the reference; takes the user model off."""
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"Answers need a `prompt` column; found {sorted(dataset.column_names)}.")
-    vocab, profile_column = trainer.user_vocab, trainer.args.user_profile_column
+    confidence: float,
+    batch_size: int | None = None,
+    disable_tqdm: bool = False,
+) -> _Probed:
+    """Probe the reference policy, known users of `dataset` and the generic user."""
+    vocab, column, profile_column = trainer.user_vocab, trainer.args.user_id_column, trainer.args.user_profile_column
     assert vocab is not None
-    prompts = list({str(prompt): prompt for prompt in dataset["prompt"]}.values())[:num_prompts]
-    user_ids = list(iterate_user_ids(dataset, trainer.args.user_id_column, "evaluation"))
+    user_ids = list(iterate_user_ids(dataset, column, "evaluation"))
+    known = [user for user in dict.fromkeys(user_ids) if user is not None and user in vocab]
     profiles = {} if profile_column is None else first_profiles(user_ids, list(dataset[profile_column]))
-    users: list[UserId] = [*(user for user in dict.fromkeys(user_ids) if user is not None and user in vocab), None]
-    model: Any = trainer.model
-    options = {"batch_size": batch_size} | generate_kwargs
-    answers = answers_by_user(model, trainer._tokenizer, prompts, users, user_profiles=profiles, **options)
-    detach_user_model(model)
-    if trainer.ref_model is not None:
-        reference = answers_by_user(trainer.ref_model, trainer._tokenizer, prompts, [None], **options)[None]
-    else:
-        with model.disable_adapter():
-            reference = answers_by_user(model, trainer._tokenizer, prompts, [None], **options)[None]
-    return _Answers(prompts, answers, reference)
+    use_template = not isinstance(dataset[0]["chosen"], str)
+    with reference_policy(trainer) as reference:
+        size = batch_size or trainer.args.per_device_eval_batch_size
+        prober = Prober(reference, trainer._tokenizer, use_template, size, confidence)
+    users, generic = probe_users(prober, trainer.model, known, profiles, disable_tqdm=disable_tqdm)
+    return _Probed(prober, users, generic, len(known) - len(users), confidence)

@@ -1,4 +1,4 @@
-"""How likely answers are under a model: fluency under the reference policy, which may be told in words what the user wishes."""
+"""How likely answers are under a model: fluency, under the reference policy that is told in words what the user wishes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -26,7 +26,11 @@ from ..user_models import UserModel
 from ..user_models.movement import Movement
 from ..users import UserId, UserVocab
 from .answers import GENERIC_USER
+from .answers_report import AnswersReport
+from .answers_verdict import overall_verdict
+from .judged import JudgeReport
 from .plots import plot_length_by_user, plot_report, plot_training_curves, plot_user_map
+from .probes import ProbesReport
 from .report import PersonalizationReport, scorers_of
 
 
@@ -58,6 +62,9 @@ class ModelEvaluation:
         samples (`list[dict]`): For each prompt the answers of all users and, if there is one, of the reference.
         user_model, user_vocab: The user model that was evaluated, and its users.
         movement ([`Movement`], *optional*): How far users' soft prompts are from the generic one and from each other.
+        answers_report ([`AnswersReport`], *optional*): The answers' half of the verdict.
+        judge_report ([`JudgeReport`], *optional*): What a judge says of the answers.
+        probes_report ([`ProbesReport`], *optional*): What personalization costs.
         log_history (`list[dict]`): The log of its training.
         run (`dict`): The command, versions, hardware and settings of the evaluation.
     """
@@ -77,6 +84,16 @@ class ModelEvaluation:
     log_history: list[dict[str, Any]]
     run: dict[str, Any]
     movement: Movement | None = None
+    answers_report: AnswersReport | None = None
+    judge_report: JudgeReport | None = None
+    probes_report: ProbesReport | None = None
+
+    @property
+    def overall_verdict(self) -> str:
+        """Pairs and answers in one sentence, without ids; that of pairs alone if there are no answers."""
+        if self.answers_report is None:
+            return self.report.verdict
+        return overall_verdict(self.report.has_gain, self.answers_report)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pairs, for JSON. The ids of users are in `users` and `samples`."""
@@ -86,6 +103,10 @@ class ModelEvaluation:
         return {
             **{name: found[name] for name in ("verdict", "has_gain", "gain", "advantages", "groups")},
             **{name: found[name] for name in ("worst_user", "worst_decile", "calibration")},
+            "overall_verdict": self.overall_verdict,
+            "answers": self.answers_report.to_dict() if self.answers_report else None,
+            "judge": self.judge_report.to_dict() if self.judge_report else None,
+            "probes": self.probes_report.to_dict() if self.probes_report else None,
             "users": self.user_rows(),
             "generic": {**generic[0], "user_id": GENERIC_USER, "preference": None} if generic else None,
             "means": self.means(),

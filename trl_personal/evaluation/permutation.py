@@ -1,0 +1,145 @@
+"""
+Whether the answers of users differ, by permutation: were users alike, any of them could have written any of the answers to a
+prompt. No assumption on the distribution of a feature, and many features and users are one test, not many.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..arrays import FloatArray, IntArray
+
+
+NUM_PERMUTATIONS = 1999
+MAX_NUMBERS = 3e8  # that all permutations together look up; with very many users there are fewer permutations
+CHUNK = 4e6  # numbers at a time, which bounds the memory
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """
+    What [`permute_users`] finds for `num_users` users and `num_features` features.
+
+    Args:
+        p_values (`NDArray`): For each feature the probability of a difference between users as large as that found in any
+            feature, were they alike: adjusted for the number of features (max-T, Westfall and Young 1993), `(num_features,)`.
+        pair_p_values (`NDArray`): For each pair of users the same, for a difference as large as that found in any feature of
+            any pair (Tukey's range, by permutation). `(num_users, num_users)`, 1 on the diagonal.
+        fit_p_value (`float`, *optional*): The probability of answers that lie as far in the directions given, were they
+            shuffled; `None` without directions.
+    """
+
+    p_values: FloatArray
+    pair_p_values: FloatArray
+    fit_p_value: float | None
+
+    @property
+    def p_value(self) -> float:
+        """The probability of what was found in the clearest feature, were users alike."""
+        return float(self.p_values.min())
+
+
+def permute_users(
+    features: FloatArray,
+    directions: FloatArray | None = None,
+    num_permutations: int = NUM_PERMUTATIONS,
+    seed: int = 0,
+) -> PermutationTest:
+    """
+    Test whether users differ in features of their answers to the same prompts, by exchanging users within each prompt.
+
+    With z, the features less their mean over the users of the prompt, a feature's statistic is the spread of the users' sums,
+    `sum_u (sum_p z)^2 / sum_up z^2`. What differs between users in one prompt this way and in another that way cancels out;
+    what does not is a user's own. The test is exact for exchangeable users, whatever the features and however they correlate.
+
+    Args:
+        features (`NDArray`): Float `(num_users, num_prompts, num_features)`, of two users or more.
+        directions (`NDArray`, *optional*): `(num_users, num_features)`, where each user wants the features to be, relative to
+            the others. Tested is the sum of the products of what users want and what they get, upwards.
+        num_permutations (`int`, *optional*, defaults to `1999`): How often users are exchanged.
+        seed (`int`, *optional*, defaults to `0`): Random seed of the permutations.
+
+    Returns:
+        [`PermutationTest`]. No p-value is below `1 / (num_permutations + 1)`.
+
+    ```python
+    >>> words = np.array([[3, 4, 3, 5, 4, 3], [9, 8, 9, 9, 7, 8], [3, 5, 4, 3, 4, 4]], dtype=float)[:, :, None]
+    >>> test = permute_users(words)
+    >>> test.p_value < 0.05, (test.pair_p_values < 0.05).tolist()
+    (True, [[False, True, False], [True, False, True], [False, True, False]])
+    ```
+    """
+    num_users, num_prompts, num_features = features.shape
+    centered = features - features.mean(axis=0)
+    scale = np.sqrt((centered**2).sum(axis=(0, 1)))
+    scaled = np.divide(
+        centered, scale, out=np.zeros_like(centered), where=scale > TOLERANCE * (1 + np.abs(features).max())
+    )
+    wanted = None if directions is None else directions - directions.mean(axis=0)
+    found = _statistics(scaled.sum(axis=1)[None], wanted)
+    sums = found.sums[0]
+    pairs = np.abs(sums[:, None] - sums[None]).max(axis=2)
+    larger, larger_range, fitting = np.ones(num_features), np.ones_like(pairs), 1.0
+    num_permutations = int(max(199, min(num_permutations, MAX_NUMBERS // features.size)))
+    chunk = max(1, int(CHUNK // features.size))
+    rng = np.random.default_rng(seed)
+    prompts = np.arange(num_prompts)[:, None]
+    by_prompt = scaled.transpose(1, 0, 2)  # (num_prompts, num_users, num_features)
+    for start in range(0, num_permutations, chunk):
+        size = min(chunk, num_permutations - start)
+        order = rng.random((size, num_prompts, num_users)).argsort(axis=2)
+        shuffled = _statistics(by_prompt[prompts, order].sum(axis=1), wanted)
+        larger += (shuffled.spread.max(axis=1)[:, None] >= found.spread[0] - TOLERANCE).sum(axis=0)
+        larger_range += (shuffled.range[:, None, None] >= pairs - TOLERANCE).sum(axis=0)
+        fitting += (shuffled.fit >= found.fit[0] - TOLERANCE).sum()
+    total = num_permutations + 1
+    pair_p_values = larger_range / total
+    np.fill_diagonal(pair_p_values, 1.0)
+    return PermutationTest(larger / total, pair_p_values, None if wanted is None else float(fitting / total))
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Of `n` permutations: sums `(n, num_users, num_features)`, spread `(n, num_features)`, range and fit `(n,)`."""
+
+    sums: FloatArray
+    spread: FloatArray
+    range: FloatArray
+    fit: FloatArray
+
+
+def _statistics(sums: FloatArray, wanted: FloatArray | None) -> _Statistics:
+    return _Statistics(
+        sums=sums,
+        spread=(sums**2).sum(axis=1),
+        range=(sums.max(axis=1) - sums.min(axis=1)).max(axis=1),
+        fit=np.zeros(len(sums)) if wanted is None else np.einsum("nuf,uf->n", sums, wanted),
+    )
+
+
+def preferred_directions(chosen: FloatArray, rejected: FloatArray, users: IntArray, num_users: int) -> FloatArray:
+    """
+    Where the features of the answers that each user chose lie, seen from those that the user rejected.
+
+    Args:
+        chosen (`NDArray`): Features of the chosen answers of `n` pairs, `(n, num_features)`.
+        rejected (`NDArray`): Those of the rejected answers, `(n, num_features)`.
+        users (`NDArray`): The number of each pair's user, `(n,)`.
+        num_users (`int`): The number of users.
+
+    Returns:
+        The mean of chosen minus rejected for each user, in units of the root mean square of all pairs, `(num_users,
+        num_features)`; 0 for users without pairs.
+
+    ```python
+    >>> preferred_directions(np.array([[5.0], [1.0]]), np.array([[2.0], [4.0]]), np.array([0, 1]), 3).tolist()
+    [[1.0], [-1.0], [0.0]]
+    ```
+    """
+    difference = chosen - rejected
+    scale = np.sqrt((difference**2).mean(axis=0)) if len(difference) else np.ones(difference.shape[1])
+    scaled = difference / np.where(scale > 0, scale, 1.0)
+    counts = np.bincount(users, minlength=num_users)
+    totals = np.stack([np.bincount(users, weights=column, minlength=num_users) for column in scaled.T], axis=1)
+    return totals / np.maximum(counts, 1)[:, None]
