@@ -13,8 +13,8 @@ The small GPT-J on your own rows, in the raw schema of `openai/summarize_from_fe
 
     accelerate launch examples/gptj_length.py --dataset_path rows.jsonl --sft_steps 250 --output_dir out
 
-Each run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the personalized model, the vanilla one,
-its pairs, `results.json` with every number, and `length_by_user.png`, and prints the commands that go on from there.
+Each run trains P-DPO, then vanilla DPO with the same budget, leaves both models, its pairs, `results.json` with every number and
+`length_by_user.png` in `output_dir`, and prints the commands that go on from there.
 """
 
 import copy
@@ -121,8 +121,8 @@ def main(script_args, training_args, model_args):
     prompts = list(dict.fromkeys(test["prompt"]))[: script_args.num_prompts]
     decoding = ("max_new_tokens", "top_p", "repetition_penalty", "no_repeat_ngram_size")
     options = {"do_sample": True, **{name: getattr(script_args, name) for name in decoding}}
-    users, batch_size = [*preferences, None], training_args.per_device_eval_batch_size
-    answers = answers_by_user(trainer.model, tokenizer, prompts, users, batch_size, **options)
+    users = [*preferences, None]
+    answers = answers_by_user(trainer.model, tokenizer, prompts, users, **options)
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"

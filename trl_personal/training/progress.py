@@ -5,8 +5,10 @@ import warnings
 from typing import Any, TypeVar
 
 from datasets import disable_progress_bars
+from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
@@ -64,9 +66,11 @@ def with_progress(trainer: TrainerT, name: str) -> TrainerT:
 def quiet_libraries() -> None:
     """
     Leave out what libraries say on every run and who runs a script cannot change: names that will change, pinned memory, and
-    the bars of short work on datasets.
+    the bars of short work on datasets and weights. Downloads keep their bars.
     """
     disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    enable_hub_bars()
     for category, module in (
         (FutureWarning, "transformers"),
         (UserWarning, "torch.utils.data"),

@@ -12,7 +12,7 @@ from ...intervals import Interval
 def plot_measures(
     path: str | Path,
     names: Sequence[str],
-    panels: Mapping[str, Sequence[Interval]],
+    panels: Mapping[str, Sequence[Interval | None]],
     limits: Mapping[str, float] | None = None,
     others: Sequence[str] = (),
 ) -> None:
@@ -23,7 +23,7 @@ def plot_measures(
     Args:
         path (`str` or `Path`): File to write; its folder must exist.
         names (`Sequence[str]`): The rows, from above: users, and what they are compared with. Up to about 40 are legible.
-        panels (`Mapping`): For each title one [`Interval`] a row.
+        panels (`Mapping`): For each title one [`Interval`] a row, or `None` where there is nothing to draw.
         limits (`Mapping`, *optional*): For a title the highest number of its axis, which starts at 0.
         others (`Sequence[str]`, *optional*): The names that are no users; they are drawn in gray.
 
@@ -42,8 +42,10 @@ def plot_measures(
     colors = [GRAY if name in others else BLUE for name in names]
     for number, (title, found) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        limit = (limits or {}).get(title) or 1.15 * max(interval.high for interval in found) or 1.0
+        limit = (limits or {}).get(title) or 1.15 * max((i.high for i in found if i), default=0) or 1.0
         for place, interval, color in zip(places, found, colors, strict=True):
+            if interval is None:
+                continue
             axes.plot([interval.low, interval.high], [place, place], color=color, linewidth=2.5, alpha=0.35)
             axes.plot(interval.value, place, color=color, marker="o", markersize=5.5)
             axes.annotate(
