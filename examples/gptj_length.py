@@ -13,8 +13,7 @@ The small GPT-J on your own rows, in the raw schema of `openai/summarize_from_fe
 
     accelerate launch examples/gptj_length.py --dataset_path rows.jsonl --sft_steps 250 --output_dir out
 
-Each run trains P-DPO, then vanilla DPO with the same budget, leaves both models, its pairs, `results.json` with every number and
-`length_by_user.png` in `output_dir`, and prints the commands that go on from there.
+Each run trains P-DPO, then vanilla DPO with the same budget, and leaves both models, its pairs, `results.json` and a picture.
 """
 
 import copy
@@ -101,7 +100,6 @@ def warm_up(dataset, script_args, training_args):
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
     torch.set_num_threads(script_args.num_threads or fastest_num_threads())
-    quiet_libraries()
     set_seed(training_args.seed)
     path = script_args.dataset_path
     dataset = load_tldr(path) if path else make_length_preferences(seed=training_args.seed)
@@ -145,6 +143,7 @@ def main(script_args, training_args, model_args):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     parser = TrlParser((ScriptArguments, PersonalizedDPOConfig, ModelConfig))
     parser.set_defaults(**SMALL_RUN)
     main(*parser.parse_args_and_config())

@@ -96,7 +96,6 @@ def warm_up(dataset, script_args, training_args):
 
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
-    quiet_libraries()
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
     set_seed(seed)
     dataset = load_prism(path, test_size=size) if path else make_dialogue_preferences(seed=seed)
@@ -131,20 +130,19 @@ def main(script_args, training_args, model_args):
     unknown_users = {"with_profile": accuracy["own"].value, "without": accuracy["generic"].value}
     if not trainer.is_world_process_zero():
         return
-    numbers = {"unknown_users": unknown_users, "seed": seed, "wall_seconds": round(time.time() - start, 1)}
+    seconds = round(time.time() - start, 1)
+    numbers = {"unknown_users": unknown_users, "seed": seed, "wall_seconds": seconds}
     write_results(output_dir / "results.json", evaluation, **numbers)
     plot_report(output_dir / "accuracy_by_user.png", evaluation.report)
     print_whole(evaluation.users_table(), "Swapped: the soft prompt and the profile of another user.")
     print_whole("Unknown users:", unknown_users, evaluation.answers_table(0, [*users[:3], None]))
     print_whole(evaluation.report.verdict)
-    print_whole(
-        f"{output_dir}/results.json and accuracy_by_user.png after {numbers['wall_seconds']:.0f} s. Go on with:\n"
-    )
-    last = prompts[0][-1]["content"]
-    print_whole(next_commands(output_dir, users[:2], last, ref_model=model, opposite_column=column))
+    print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {seconds:.0f} s. Go on with:\n")
+    print_whole(next_commands(output_dir, users[:2], prompts[0], ref_model=model, opposite_column=column))
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     parser = TrlParser((ScriptArguments, PersonalizedDPOConfig, ModelConfig))
     parser.set_defaults(**SMALL_RUN)
     main(*parser.parse_args_and_config())

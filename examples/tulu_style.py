@@ -97,11 +97,10 @@ def warm_up(dataset, script_args, training_args):
 
 def main(script_args, training_args, model_args):
     start, output_dir = time.time(), Path(training_args.output_dir)
-    quiet_libraries()
     set_seed(training_args.seed)
     path, size, seed = script_args.dataset_path, script_args.test_size, training_args.seed
     dataset = load_psoups(path, test_size=size) if path else make_style_preferences(seed=seed)
-    dataset = dataset.map(lambda row: {"preference": STYLES[row["user_id"]], "dimension": row["user_id"][:2]})
+    dataset = dataset.map(lambda row: {"preference": STYLES[row["user_id"]], "conflict": row["user_id"][:2]})
     if path:
         dataset = dataset.map(lambda row: {"prompt": script_args.prompt_template.format(prompt=row["prompt"])})
     write_pairs(dataset, output_dir)
@@ -142,6 +141,7 @@ def main(script_args, training_args, model_args):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     parser = TrlParser((ScriptArguments, PersonalizedDPOConfig, ModelConfig))
     parser.set_defaults(**SMALL_RUN)
     main(*parser.parse_args_and_config())

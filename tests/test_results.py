@@ -66,8 +66,8 @@ def test_rows_of_users_equal_hand_computation(trainers, test_rows):
 
 
 def test_majority_counts_within_dimensions(trainers, test_rows):
-    rows = test_rows.select(range(8)).add_column("dimension", ["length"] * 8)
-    other = [{**row, "dimension": "tone", "user_id": "cy", "preference": "kind"} for row in rows.select([0, 1])]
+    rows = test_rows.select(range(8)).add_column("conflict", ["length"] * 8)
+    other = [{**row, "conflict": "tone", "user_id": "cy", "preference": "kind"} for row in rows.select([0, 1])]
     both = Dataset.from_list([*rows, *other])
     evaluation = evaluate_trainer(trainers[0], both, preference_column="preference")
     assert evaluation.majority_share == (4 + 2) / 10

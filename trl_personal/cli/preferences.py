@@ -24,7 +24,7 @@ from .words import in_flags
 logger = logging.getLogger(__name__)
 
 FILE_BUILDERS = {"json", "csv", *TABLE_BUILDERS.values()}
-ALSO_READ = ("tools", "dimension")  # columns that TRL or the evaluation looks for by these names
+ALSO_READ = ("tools", "conflict")  # columns that TRL or the evaluation looks for by these names
 # the arguments of the loaders, as they are called on the command line
 FLAGS_OF_COLUMNS = {
     "user_id": "user_id_column",

@@ -44,7 +44,7 @@ from .verdict import evaluate_margins
 from .written_answers import WrittenAnswers, measured, texts_of_pairs, write_answers_of_users
 
 
-DIMENSION = "dimension"  # a column with the conflict that a pair is about, where users conflict within groups only
+CONFLICT = "conflict"  # a column with the conflict that a pair is about, where users conflict within groups only
 
 
 @dataclass
@@ -381,9 +381,9 @@ def _chosen_lengths(dataset: Dataset, user_ids: Sequence[UserId]) -> dict[UserId
 
 
 def _majority_share(dataset: Dataset, preference_column: str) -> float:
-    """The share of pairs that follow the more frequent preference, within each `DIMENSION` if there is such a column."""
-    dimensions = dataset[DIMENSION] if DIMENSION in dataset.column_names else [""] * len(dataset)
-    counts = Counter(zip(dimensions, dataset[preference_column], strict=True))
+    """The share of pairs that follow the more frequent preference, within each `CONFLICT` if there is such a column."""
+    conflicts = dataset[CONFLICT] if CONFLICT in dataset.column_names else [""] * len(dataset)
+    counts = Counter(zip(conflicts, dataset[preference_column], strict=True))
     most = {name: max(n for (other, _), n in counts.items() if other == name) for name, _ in counts}
     return sum(most.values()) / len(dataset)
 

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import DatasetDict
 
+from ..serving.writer import text_of_last
+from ..user_profile import Prompt
 from .results import ModelEvaluation
 
 
@@ -48,7 +50,7 @@ def write_results(path: str | Path, evaluation: ModelEvaluation, **others: Any) 
 def next_commands(
     folder: str | Path,
     users: Sequence[str],
-    prompt: str,
+    prompt: Prompt,
     *,
     ref_model: str | None = None,
     opposite_column: str | None = None,
@@ -61,7 +63,7 @@ def next_commands(
         folder (`str` or `Path`): What the training wrote, with its [`write_pairs`], and vanilla DPO in `vanilla/` if it was
             trained.
         users (`Sequence[str]`): The users to write answers for.
-        prompt (`str`): The prompt to answer.
+        prompt (`str` or `list[dict]`): The prompt to answer; of a conversation what is said last.
         ref_model (`str`, *optional*): The model that the training started from; left out where there is an adapter.
         opposite_column (`str`, *optional*): The column of the pairs with what a row's user prefers.
         max_new_tokens (`int`, *optional*, defaults to `128`): The longest answer.
@@ -85,7 +87,17 @@ def next_commands(
     given = [part for flag, value in options.items() if value is not None for part in (flag, value)]
     commands = [
         ["trl-personal", "eval", folder, "--dataset_name", str(root / "pairs"), *given, "--generate", "8", *most],
-        ["trl-personal", "generate", "--model", folder, "--users", ",".join(users), "--prompt", prompt, *most],
+        [
+            "trl-personal",
+            "generate",
+            "--model",
+            folder,
+            "--users",
+            ",".join(users),
+            "--prompt",
+            text_of_last(prompt),
+            *most,
+        ],
         ["trl-personal", "info", folder],
     ]
     return "\n".join(map(shlex.join, commands))
