@@ -4,8 +4,9 @@ The dial of a trained model: `user_strength` against pair accuracy, length and f
     OMP_NUM_THREADS=1 python benchmarks/strength.py gptj_length --dataset_path gptj_length/pairs/test.jsonl \
         --ref_model gptj_length/warmed_up
 
-OUT is what an example left; of its pairs, some for each user and some prompts are enough. Columns `preference` (or `side`) and
-`wish`, if they are there, tell which users are drawn together and what the reference policy is told when it judges fluency.
+OUT is what an example left; of its pairs, some for each user and some prompts are enough. The column `preference` (or another
+`--group_column`) says which users are drawn together, and `wish`, or else the name of the group, what the reference policy is
+told when it judges fluency.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def curves(model, reference, tokenizer, rows, prompts, group_column, generate_kw
     for row in rows:
         of_user.setdefault(str(row["user_id"]), []).append(row)
     groups = {user: str(found[0].get(group_column) or "all users") for user, found in of_user.items()}
-    wishes = {user: found[0].get("wish") for user, found in of_user.items()}
+    wishes = {user: found[0].get("wish") or f"{groups[user].capitalize()}." for user, found in of_user.items()}
     names = [f"{user} {strength:g}" for strength in STRENGTHS for user in of_user]
     model = with_strengths(model, STRENGTHS)
     use_template = not isinstance(rows[0]["prompt"], str)
