@@ -87,6 +87,16 @@ def make_pairs():
     return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
 
 
+def unseen(dataset, script_args):
+    """Questions that are in no training pair: of our own those in order of their file, of other pairs those held out."""
+    prompts = list({str(prompt): prompt for prompt in dataset["test"]["prompt"]}.values())
+    if script_args.dataset_path is None:
+        trained = {prompt[0]["content"] for prompt in dataset["train"]["prompt"]}
+        questions = (DATA / "questions.txt").read_text().splitlines()
+        prompts = [[{"role": "user", "content": question}] for question in questions if question not in trained]
+    return prompts[: script_args.num_prompts]
+
+
 def numbers_of(row):
     """What `results.json` says of a writer's answers."""
     means = [row.means[name].value for name in ("words", "nats_per_token")]
@@ -134,7 +144,7 @@ def main(script_args, training_args, model_args):
     trainer = with_progress(PersonalizedDPOTrainer(model, args=training_args, **inputs), "P-DPO")
     trainer.train()
     trainer.save_model()
-    prompts = list({str(prompt): prompt for prompt in test["prompt"]}.values())[: script_args.num_prompts]
+    prompts = unseen(dataset, script_args)
     options = {"max_new_tokens": script_args.max_new_tokens, "do_sample": False, "batch_size": 32}
     answers = answers_by_user(trainer.model, tokenizer, prompts, [*sides, None], **options)
 

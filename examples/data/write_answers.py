@@ -6,7 +6,7 @@ The answers in `everyday_answers.jsonl`: what SmolLM2-135M-Instruct says to the 
 
 Each question is asked with a wish in words behind it, several times, and answers are cut after whole sentences. What is no
 such answer is left out (too long or short, a list where none was asked for, a phrase that comes twice). A question without an
-answer of each way is left out as a whole and named. A quarter of an hour on one CPU core.
+answer of each way is left out as a whole and named. Half an hour on one CPU core.
 """
 
 import argparse
@@ -18,15 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 
-# what a user of each way wants, in words, and how the answer starts
-WISHES = {
-    "brief": ("Answer in one short sentence.", ""),
-    "detailed": ("Answer in four sentences with details and reasons.", ""),
-    "steps": ("Answer with a numbered list of three steps, one sentence each.", "1."),
-    "prose": ("Answer in two or three plain sentences, without a list.", ""),
-}
+WISHES = json.loads((Path(__file__).parent / "wishes.json").read_text())  # what a user of each way wants, in words
+STARTS = {"steps": "1."}  # how the answer begins, if it is said
 WORDS = {"brief": (5, 20), "detailed": (35, 60), "steps": (15, 45), "prose": (15, 45)}
-NUM_TEST = 24  # the last questions of the file
+NUM_TRAIN = 24  # the first questions that have all four; the others are held out
 
 
 def whole_sentences(text, most_words):
@@ -62,7 +57,7 @@ def cut(way, text):
 
 def write(model, tokenizer, questions, way, num_samples, batch_size=40):
     """For each question the answers of this way."""
-    wish, start = WISHES[way]
+    wish, start = WISHES[way], STARTS.get(way, "")
     asked = [question for question in questions for _ in range(num_samples)]
     found = {question: [] for question in questions}
     for first in range(0, len(asked), batch_size):
@@ -93,7 +88,7 @@ def main():
     set_seed(arguments.seed)
     found = {way: write(model, tokenizer, questions, way, arguments.num_samples) for way in WISHES}
     rows = []
-    for index, question in enumerate(questions):
+    for question in questions:
         missing = [way for way in WISHES if not found[way][question]]
         if missing:
             print(f"left out, no answer is {' or '.join(missing)}: {question}")
@@ -104,7 +99,7 @@ def main():
             key=lambda pair: abs(len(pair[0].split()) - len(pair[1].split())),
         )
         brief, detailed = found["brief"][question][0], found["detailed"][question][0]
-        split = "test" if index >= len(questions) - NUM_TEST else "train"
+        split = "train" if len(rows) < NUM_TRAIN else "test"
         ways = {"brief": brief, "detailed": detailed, "steps": steps, "prose": prose}
         rows.append({"question": question, "split": split, **ways})
     arguments.output.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
