@@ -10,7 +10,7 @@ from ..intervals import Interval, cluster_mean, cluster_share
 from ..users import UserId
 from .answer_features import ANSWER_FEATURES, answer_features, check_answers, count_words, distinct_n
 from .answers_report import MEASURES, AnswersReport, UserAnswers
-from .permutation import NUM_PERMUTATIONS, permute_users, preferred_directions
+from .permutation import NUM_PERMUTATIONS, flip_differences, permute_users, preferred_directions
 from .verdict import MIN_PROMPTS
 
 
@@ -20,6 +20,7 @@ SHARES = {"repetition", "empty"}  # measures within 0 and 1
 COLLAPSE = {"nats_per_token": 0.5, "repetition": 0.2, "empty": 0.1}
 IN_WORDS = {"nats_per_token": "nats per token", "repetition": "repeated bigrams", "empty": "empty answers"}
 MOST_NAMED = 3  # features in a sentence
+MAX_USERS_IN_PAIRS = 50  # users of whom each pair is compared
 Measures = dict[str, FloatArray]
 
 
@@ -39,8 +40,9 @@ def evaluate_answers(
     Say whether users get answers of their own, and whether the answers are still worth reading.
 
     Differences between users are tested by exchanging users within prompts ([`~evaluation.permutation.permute_users`]), in all
-    of `ANSWER_FEATURES` as one test. Means and differences of single measures come with intervals, in which a prompt is a
-    cluster; they describe, and are no part of the verdict.
+    of `ANSWER_FEATURES` as one test; pairs of users, and users and the generic one, by
+    [`~evaluation.permutation.flip_differences`]. Means and differences of single measures come with intervals, in which a
+    prompt is a cluster; they describe, and are no part of the verdict.
 
     Answers have collapsed where a measure of `COLLAPSE` is worse than that of the base's own answers by more than the number
     there, with the whole interval.
@@ -83,14 +85,19 @@ def evaluate_answers(
     of_base = {user: _measure(texts, prompts, (base_nats_per_token or {}).get(user)) for user, texts in base.items()}
     tested = [*known, *([None] if None in answers else [])]
     features = np.stack([answer_features(answers[user], prompts) for user in tested]) if tested else np.empty(0)
-    p_values, apart, p_fit, p_generic = {}, 0, None, np.full(len(known), np.nan)
+    p_values: dict[str, float] = {}
+    apart, p_fit, p_generic = None, None, np.full(len(known), np.nan)
     if len(known) >= 2:
         directions = None if not pairs else _directions(known, pairs)
         test = permute_users(features[: len(known)], directions, num_permutations, seed)
         p_values = dict(zip(ANSWER_FEATURES, test.p_values.tolist(), strict=True))
-        apart, p_fit = int((test.pair_p_values < LEVEL).sum()) // 2, test.fit_p_value
+        p_fit = test.fit_p_value
+        if len(known) <= MAX_USERS_IN_PAIRS:
+            one, other = np.triu_indices(len(known), k=1)
+            p_pairs = flip_differences(features[one] - features[other], num_permutations, seed)
+            apart = int((p_pairs < LEVEL).sum())
     if len(tested) > len(known) >= 1:
-        p_generic = permute_users(features, None, num_permutations, seed).pair_p_values[-1, :-1]
+        p_generic = flip_differences(features[:-1] - features[-1], num_permutations, seed)
     of_generic = measures.get(None, {})
     users = tuple(
         _user(
@@ -174,7 +181,8 @@ def _user(
     base: Measures | None = None,
     p_generic: float | None = None,
 ) -> UserAnswers:
-    mean_of_others = {name: np.mean([other[name] for other in others], axis=0) for name in own} if others else {}
+    shared = [name for name in own if all(name in other for other in others)]
+    mean_of_others = {name: np.mean([other[name] for other in others], axis=0) for name in shared} if others else {}
     minus_base = _differences(own, base or {}, confidence)
     return UserAnswers(
         user_id=None if user is None else str(user),
@@ -224,7 +232,7 @@ def _sentence(
     users: Sequence[UserAnswers],
     p_values: Mapping[str, float],
     p_fit: float | None,
-    apart: int,
+    apart: int | None,
 ) -> str:
     if num_prompts < MIN_PROMPTS:
         return f"Answers: {num_prompts} prompts are too few to tell, at least {MIN_PROMPTS} are needed."
@@ -239,7 +247,7 @@ def _sentence(
     named = [_range_of(name, users) for name in clear[:MOST_NAMED]]
     more = f" and {len(clear) - MOST_NAMED} more features" if len(clear) > MOST_NAMED else ""
     pairs = len(users) * (len(users) - 1) // 2
-    parts = [f"{apart} of {pairs} pairs of users differ clearly"]
+    parts = [] if apart is None else [f"{apart} of {pairs} pairs of users differ clearly"]
     unlike = [user.p_generic for user in users if user.p_generic is not None]
     if unlike:
         parts.append(f"{sum(p < LEVEL for p in unlike)} of {len(users)} users differ from the generic user")
@@ -247,7 +255,7 @@ def _sentence(
         parts.append(
             f"{'they' if p_fit < LEVEL else 'they do not clearly'} lean towards what the users chose (p = {p_fit:.2g})"
         )
-    return f"Answers differ between users ({tested}) in {', '.join(named)}{more}; {'; '.join(parts)}."
+    return f"Answers differ between users ({tested}) in {'; '.join([', '.join(named) + more, *parts])}."
 
 
 def _range_of(name: str, users: Sequence[UserAnswers]) -> str:
