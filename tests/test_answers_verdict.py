@@ -12,7 +12,7 @@ from trl_personal.evaluation import evaluate_answers, overall_verdict
 from trl_personal.evaluation.answer_features import ANSWER_FEATURES
 from trl_personal.evaluation.answers_report import answers_table
 from trl_personal.evaluation.judged import judge_answers
-from trl_personal.evaluation.permutation import flip_differences, permute_users, preferred_directions
+from trl_personal.evaluation.permutation import flip_differences, permute_pairs, permute_users, preferred_directions
 from trl_personal.evaluation.verdict import evaluate_margins
 
 
@@ -262,6 +262,24 @@ def test_false_alarms_stay_at_their_level(num_users, num_prompts, pool):
     rates = false_alarms(400, num_users=num_users, num_prompts=num_prompts, pool=pool)
     print(num_users, num_prompts, pool, *rates)
     assert max(rates) <= 0.08  # 0.05 and three standard errors of 400 seeds
+
+
+def fits_of_shuffled_pairs(num_seeds):
+    """Answers of four users differ, their pairs belong to anybody: how often answers seem to fit them."""
+    found = []
+    for seed in range(num_seeds):
+        rng = np.random.default_rng(seed)
+        features = rng.normal(size=(4, 12, 5)) + 2 * rng.normal(size=(4, 1, 5))
+        chosen, rejected, users = rng.normal(size=(80, 5)), rng.normal(size=(80, 5)), rng.integers(0, 4, 80)
+        test = permute_users(features, preferred_directions(chosen, rejected, users, 4), 199, seed)
+        found.append([test.fit_p_value, permute_pairs(features, chosen, rejected, users, 199, seed)])
+    return (np.array(found) < 0.05).mean(axis=0)
+
+
+def test_answers_that_differ_do_not_fit_wants_that_are_nobodys():
+    by_answers, by_pairs = fits_of_shuffled_pairs(100)
+    assert by_answers > 0.2  # alone it would say so of many
+    assert by_pairs <= 0.1
 
 
 @pytest.mark.slow

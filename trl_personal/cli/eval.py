@@ -58,6 +58,7 @@ def run_eval(arguments: Namespace) -> None:
             generate_kwargs={"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample},
             wish_column=arguments.wish_column,
             judge=judge,
+            judge_name=arguments.judge,
             probes=arguments.probes,
             batch_size=arguments.batch_size,
             seed=arguments.seed,

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arrays import FloatArray
+from ..arrays import FloatArray, IntArray
 from ..intervals import Interval, cluster_mean, cluster_share
 from ..users import UserId
 from .answer_features import ANSWER_FEATURES, answer_features, check_answers, count_words, distinct_n
 from .answers_report import MEASURES, AnswersReport, UserAnswers
-from .permutation import NUM_PERMUTATIONS, flip_differences, permute_users, preferred_directions
+from .permutation import NUM_PERMUTATIONS, flip_differences, permute_pairs, permute_users, preferred_directions
 from .verdict import MIN_PROMPTS
 
 
@@ -88,10 +88,13 @@ def evaluate_answers(
     p_values: dict[str, float] = {}
     apart, p_fit, p_generic = None, None, np.full(len(known), np.nan)
     if len(known) >= 2:
-        directions = None if not pairs else _directions(known, pairs)
+        of_pairs = _features_of_pairs(known, pairs or {})
+        directions = None if of_pairs is None else preferred_directions(*of_pairs, len(known))
         test = permute_users(features[: len(known)], directions, num_permutations, seed)
         p_values = dict(zip(ANSWER_FEATURES, test.p_values.tolist(), strict=True))
-        p_fit = test.fit_p_value
+        if of_pairs is not None and test.fit_p_value is not None:
+            by_pairs = permute_pairs(features[: len(known)], *of_pairs, num_permutations, seed)
+            p_fit = max(test.fit_p_value, by_pairs)
         if len(known) <= MAX_USERS_IN_PAIRS:
             one, other = np.triu_indices(len(known), k=1)
             p_pairs = flip_differences(features[one] - features[other], num_permutations, seed)
@@ -217,11 +220,15 @@ def _differences(own: Measures, other: Measures, confidence: float) -> dict[str,
     return {name: found[name] for name in MEASURES if name in found}
 
 
-def _directions(known: Sequence[UserId], pairs: Mapping[UserId, Sequence[tuple[str, str, str]]]) -> FloatArray:
+def _features_of_pairs(
+    known: Sequence[UserId], pairs: Mapping[UserId, Sequence[tuple[str, str, str]]]
+) -> tuple[FloatArray, FloatArray, IntArray] | None:
+    """Features of chosen and of rejected answers, and the number of each pair's user; `None` without pairs."""
     rows = [(number, *pair) for number, user in enumerate(known) for pair in pairs.get(user, ())]
-    numbers, prompts, chosen, rejected = zip(*rows, strict=True) if rows else ((), (), (), ())
-    liked, disliked = (answer_features(texts, prompts) for texts in (chosen, rejected))
-    return preferred_directions(liked, disliked, np.array(numbers, dtype=np.intp), len(known))
+    if not rows:
+        return None
+    numbers, prompts, chosen, rejected = zip(*rows, strict=True)
+    return answer_features(chosen, prompts), answer_features(rejected, prompts), np.array(numbers, dtype=np.intp)
 
 
 # --- Sentences ----------------------------------------------------------------------------------------------------------

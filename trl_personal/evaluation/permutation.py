@@ -52,8 +52,8 @@ def permute_users(
 
     Args:
         features (`NDArray`): Float `(num_users, num_prompts, num_features)`, of two users or more.
-        directions (`NDArray`, *optional*): `(num_users, num_features)`, where each user wants the features to be, relative to
-            the others. Tested is the sum of the products of what users want and what they get, upwards.
+        directions (`NDArray`, *optional*): `(num_users, num_features)`, where each user wants the features to be
+            ([`preferred_directions`]). Tested is the sum of the products of what users want and what they get, upwards.
         num_permutations (`int`, *optional*, defaults to `1999`): How often users are exchanged.
         seed (`int`, *optional*, defaults to `0`): Random seed of the permutations.
 
@@ -67,12 +67,8 @@ def permute_users(
     ```
     """
     num_users, num_prompts, num_features = features.shape
-    centered = features - features.mean(axis=0)
-    scale = np.sqrt((centered**2).sum(axis=(0, 1)))
-    scaled = np.divide(
-        centered, scale, out=np.zeros_like(centered), where=scale > TOLERANCE * (1 + np.abs(features).max())
-    )
-    wanted = None if directions is None else directions - directions.mean(axis=0)
+    scaled = _scaled(features)
+    wanted = directions
     found = _statistics(scaled.sum(axis=1)[None], wanted)
     larger, fitting = np.ones(num_features), 1.0
     num_permutations = int(max(199, min(num_permutations, MAX_NUMBERS // features.size)))
@@ -127,6 +123,57 @@ def flip_differences(differences: FloatArray, num_permutations: int = NUM_PERMUT
     return larger / (num_permutations + 1)
 
 
+def permute_pairs(
+    features: FloatArray,
+    chosen: FloatArray,
+    rejected: FloatArray,
+    users: IntArray,
+    num_permutations: int = NUM_PERMUTATIONS,
+    seed: int = 0,
+) -> float:
+    """
+    Test whether users get what **they** chose, by exchanging the users of pairs: were it anybody's, the answers would fit the
+    pairs of other users as well.
+
+    [`permute_users`] asks whether answers that differ by chance would fit what users want; this one asks the same of wants
+    that differ by chance. Only both together show that one goes with the other.
+
+    Args:
+        features (`NDArray`): Of the answers, float `(num_users, num_prompts, num_features)`.
+        chosen (`NDArray`): Features of the chosen answers of `n` pairs, `(n, num_features)`.
+        rejected (`NDArray`): Those of the rejected answers, `(n, num_features)`.
+        users (`NDArray`): The number of each pair's user, `(n,)`.
+        num_permutations (`int`, *optional*, defaults to `1999`): How often users are exchanged.
+        seed (`int`, *optional*, defaults to `0`): Random seed.
+
+    Returns:
+        The p-value.
+    """
+    given = _scaled(features).sum(axis=1)
+    counts = np.maximum(np.bincount(users, minlength=len(given)), 1)
+    products = _in_units(chosen - rejected) @ (given / counts[:, None]).T  # (n, num_users)
+    rows = np.arange(len(users))
+    found = products[rows, users].sum()
+    num_permutations = int(max(199, min(num_permutations, MAX_NUMBERS // max(1, len(users)))))
+    rng = np.random.default_rng(seed)
+    fits = sum(products[rows, rng.permutation(users)].sum() >= found - TOLERANCE for _ in range(num_permutations))
+    return float((fits + 1) / (num_permutations + 1))
+
+
+def _scaled(features: FloatArray) -> FloatArray:
+    """Features less their mean over the users of the prompt, with a sum of squares of 1, or 0 where nothing differs."""
+    centered = features - features.mean(axis=0)
+    scale = np.sqrt((centered**2).sum(axis=(0, 1)))
+    least = TOLERANCE * (1 + np.abs(features).max())
+    return np.divide(centered, scale, out=np.zeros_like(centered), where=scale > least)
+
+
+def _in_units(differences: FloatArray) -> FloatArray:
+    """Differences of pairs, `(n, num_features)`, in units of their root mean square."""
+    scale = np.sqrt((differences**2).mean(axis=0)) if len(differences) else np.ones(differences.shape[1])
+    return differences / np.where(scale > 0, scale, 1.0)
+
+
 @dataclass(frozen=True)
 class _Statistics:
     """Of `n` permutations: the spread of the users' sums, `(n, num_features)`, and the fit, `(n,)`."""
@@ -161,9 +208,7 @@ def preferred_directions(chosen: FloatArray, rejected: FloatArray, users: IntArr
     [[1.0], [-1.0], [0.0]]
     ```
     """
-    difference = chosen - rejected
-    scale = np.sqrt((difference**2).mean(axis=0)) if len(difference) else np.ones(difference.shape[1])
-    scaled = difference / np.where(scale > 0, scale, 1.0)
+    scaled = _in_units(chosen - rejected)
     counts = np.bincount(users, minlength=num_users)
     totals = np.stack([np.bincount(users, weights=column, minlength=num_users) for column in scaled.T], axis=1)
     return totals / np.maximum(counts, 1)[:, None]
