@@ -185,7 +185,7 @@ def test_answers_that_separate_are_found_with_their_features_and_directions():
     assert report.has_difference
     assert not report.is_personal
     assert "they do not clearly lean" in report.verdict
-    assert "do not lean towards what they chose" in overall_verdict(True, report)
+    assert overall_verdict(True, report).startswith("Personal on pairs, not in the answers yet: they differ, but")
 
 
 def prefers_longer(prompts, pairs):
@@ -215,6 +215,8 @@ def test_collapsed_answers_are_named():
     assert report.collapse.endswith("nats per token where the base's own have 1.00.")
     assert report.users[1].collapsed_in == ("nats_per_token",)
     assert overall_verdict(True, report).endswith(report.collapse)
+    doubtful = {**fluent, "bo": [6.0] * 3 + [1.0] * 17}  # 0.75 more on average, by three prompts of twenty
+    assert evaluate_answers(answers, PROMPTS, nats_per_token=doubtful, **options).collapse is None
     repeated = {**answers, "ann": ["no " * 30] * 20, "bo": [""] * 20}
     report = evaluate_answers(repeated, PROMPTS, **options)
     assert [user.collapsed_in for user in report.users] == [("repetition",), ("empty",)]

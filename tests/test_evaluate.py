@@ -133,8 +133,8 @@ def test_answers_judge_and_probes_on_the_command_line(planted, folders, capsys, 
         "".join(json.dumps({**row, "wish": wishes[row["preference"]]}) + "\n" for row in rows)
     )
     command = [
-        planted, "--dataset_name", folders / "wished.jsonl", "--generate", "10", "--max_new_tokens", "6", "--wish_column", "wish",
-        "--judge", "ruler:longer", "--probes", "--batch_size", "64", "--output_dir", folders / "all",
+        planted, "--dataset_name", folders / "wished.jsonl", "--generate", "10", "--max_new_tokens", "6",
+        "--wish_column", "wish", "--judge", "ruler:longer", "--probes", "--batch_size", "64", "--output_dir", folders / "all",
     ]  # fmt: skip
     code, out, err = evaluate(capsys, *command)
     assert code == 0, err

@@ -93,7 +93,7 @@ def answers_table(report: AnswersReport, list_users: bool = False) -> Table:
     """
     Words, repetition, empty answers and fluency of users, the generic user and the base, to print; no ids unless `list_users`.
     """
-    table = Table("answers of", title="Answers", caption=" ".join(filter(None, [report.collapse, report.verdict])))
+    table = Table("answers of", title="Answers", caption=report.verdict)
     measures = [name for name in IN_TABLE if any(name in row.means for row in [*report.users, report.base] if row)]
     for heading in [*(name.replace("_", " ") for name in measures), "distinct 2"]:
         table.add_column(heading, justify="right")

@@ -153,7 +153,7 @@ def overall_verdict(has_gain: bool, report: AnswersReport) -> str:
     elif has_gain and report.is_personal:
         text = "Personal on pairs and in the answers."
     elif has_gain and report.has_difference:
-        text = "Personal on pairs; the answers differ between users, but do not lean towards what they chose."
+        text = "Personal on pairs, not in the answers yet: they differ, but do not lean towards what users chose."
     elif has_gain:
         text = "Personal on pairs, not in the answers yet."
     elif report.has_difference:
