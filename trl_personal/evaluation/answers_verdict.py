@@ -151,7 +151,7 @@ def overall_verdict(has_gain: bool, report: AnswersReport) -> str:
         found = "Personal on pairs" if has_gain else "Not shown to be personal on pairs"
         text = f"{found}; the answers are too few to tell."
     elif has_gain and report.is_personal:
-        text = "Personal on pairs and in the answers."
+        text = f"Personal on pairs and in the answers{', which have collapsed' if report.collapse else ''}."
     elif has_gain and report.has_difference:
         text = "Personal on pairs, not in the answers yet: they differ, but do not lean towards what users chose."
     elif has_gain:
