@@ -75,25 +75,41 @@ def test_without_differences_in_length_the_rate_is_that_of_the_prior_and_the_jud
     assert mean.value == pytest.approx(rates["ann"].value)
 
 
-def test_rates_that_generated_the_judgements_are_found():
-    """Many judgements by a known model: the true rates at one length lie within the intervals, the raw ones do not."""
-    rng = np.random.default_rng(1)
-    true, shift = {"ann": 0.8, "bo": 0.35}, {"ann": 12, "bo": -12}
-    words = {user: rng.integers(20, 60, 400) for user in [*true, None]}
-    lengths = {user: words[user] + shift.get(user, 0) for user in true}
-    differences = {user: lengths[user] - words[None] for user in true}
+TRUE = {"ann": 0.8, "bo": 0.35}
+
+
+def judgements(seed, num_prompts):
+    """By a judge with a taste for length: `ann` writes twelve words more than the generic user, `bo` twelve less."""
+    rng = np.random.default_rng(seed)
+    words = {user: rng.integers(20, 60, num_prompts) for user in [*TRUE, None]}
+    words["ann"], words["bo"] = words["ann"] + 12, words["bo"] - 12
+    differences = {user: words[user] - words[None] for user in TRUE}
     scale = np.sqrt(np.mean([difference**2 for difference in differences.values()]))
     points = {}
-    for user, rate in true.items():
+    for user, rate in TRUE.items():
         chance = expit(logit(rate) + 1.5 * np.tanh(differences[user] / scale))
-        points[user] = (rng.random(400) < chance).astype(float).tolist()
-    texts = {user: ["w " * n for n in found] for user, found in (lengths | {None: words[None]}).items()}
-    rates, _ = length_controlled(points, texts, dict.fromkeys(true, texts[None]))
-    for user, rate in true.items():
+        points[user] = (rng.random(num_prompts) < chance).astype(float).tolist()
+    texts = {user: ["w " * n for n in found] for user, found in words.items()}
+    return points, length_controlled(points, texts, dict.fromkeys(TRUE, texts[None]))
+
+
+def test_rates_that_generated_the_judgements_are_found():
+    """Many judgements: the true rates at one length lie within the intervals, the raw ones do not."""
+    points, (rates, _) = judgements(seed=1, num_prompts=400)
+    for user, rate in TRUE.items():
         assert rates[user].low < rate < rates[user].high
         assert rates[user].high - rates[user].low < 0.15
     assert np.mean(points["ann"]) > rates["ann"].high
     assert np.mean(points["bo"]) < rates["bo"].low
+
+
+def test_intervals_hold_the_true_rates_as_often_as_they_say():
+    held = []
+    for seed in range(200):
+        _, (rates, mean) = judgements(seed, num_prompts=20)
+        held.append([rates[user].low <= rate <= rates[user].high for user, rate in TRUE.items()])
+        held[-1].append(mean.low <= np.mean(list(TRUE.values())) <= mean.high)
+    assert (0.92 <= np.mean(held, axis=0)).all()
 
 
 # --- Judges by name -----------------------------------------------------------------------------------------------------
