@@ -102,6 +102,7 @@ def evaluate_answers(
     if len(tested) > len(known) >= 1:
         p_generic = flip_differences(features[:-1] - features[-1], num_permutations, seed)
     of_generic = measures.get(None, {})
+    totals = _totals([measures[user] for user in known])
     users = tuple(
         _user(
             user,
@@ -109,7 +110,7 @@ def evaluate_answers(
             measures[user],
             confidence,
             generic=of_generic,
-            others=[measures[other] for other in known if other != user],
+            mean_of_others=_without(measures[user], totals, len(known)),
             base=of_base.get(user, of_base.get(None, {})),
             p_generic=None if np.isnan(p) else float(p),
         )
@@ -180,25 +181,34 @@ def _user(
     confidence: float,
     *,
     generic: Measures | None = None,
-    others: Sequence[Measures] = (),
+    mean_of_others: Measures | None = None,
     base: Measures | None = None,
     p_generic: float | None = None,
 ) -> UserAnswers:
-    shared = [name for name in own if all(name in other for other in others)]
-    mean_of_others = {name: np.mean([other[name] for other in others], axis=0) for name in shared} if others else {}
     minus_base = _differences(own, base or {}, confidence)
     return UserAnswers(
         user_id=None if user is None else str(user),
         means={name: found for name, values in own.items() if (found := _mean(name, values, confidence)) is not None},
         distinct_2=distinct_n(texts, 2),
         minus_generic=_differences(own, generic or {}, confidence),
-        minus_others=_differences(own, mean_of_others, confidence),
+        minus_others=_differences(own, mean_of_others or {}, confidence),
         minus_base=minus_base,
         p_generic=p_generic,
         collapsed_in=tuple(
             name for name, most in COLLAPSE.items() if name in minus_base and minus_base[name].low > most
         ),
     )
+
+
+def _totals(measures: Sequence[Measures]) -> Measures:
+    """Sums over users, of the measures that all of them have."""
+    names = [name for name in MEASURES if measures and all(name in found for found in measures)]
+    return {name: np.sum([found[name] for found in measures], axis=0) for name in names}
+
+
+def _without(own: Measures, totals: Measures, num_users: int) -> Measures:
+    """The mean over the other users; nothing if there are none."""
+    return {name: (total - own[name]) / (num_users - 1) for name, total in totals.items()} if num_users > 1 else {}
 
 
 def _mean(name: str, values: FloatArray, confidence: float) -> Interval | None:
