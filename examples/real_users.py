@@ -68,7 +68,9 @@ OF_WRITERS = ("mean_words", "nats_per_token", "distinct_2", "empty_share")
 
 @dataclass
 class ScriptArguments:
-    dataset_path: str | None = field(default=None, metadata={"help": "Pairs of your own users: a folder, or a set on the Hub."})
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Pairs of your own users: a folder, or a set on the Hub."}
+    )
     num_prompts: int = field(default=24, metadata={"help": "Unseen questions that every user gets an answer to."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer."})
     num_threads: int = field(default=0, metadata={"help": "Threads of the CPU; 0 for what is fastest now."})

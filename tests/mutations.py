@@ -1755,6 +1755,77 @@ MUTATIONS = [
         "",
         ("cli_data",),
     ),
+    # --- Users' answers, judges and probes
+    Mutation(
+        "p-value of one feature, not of the clearest of all",
+        "evaluation/permutation.py",
+        "larger += (shuffled.spread.max(axis=1)[:, None] >=",
+        "larger += (shuffled.spread >=",
+        ("answers_verdict",),
+    ),
+    Mutation(
+        "exchange of two users counted one way only",
+        "evaluation/permutation.py",
+        "largest = np.abs(signs @ scaled).max(axis=1)",
+        "largest = (signs @ scaled).max(axis=1)",
+        ("answers_verdict",),
+    ),
+    Mutation(
+        "pairs stay with their users",
+        "evaluation/permutation.py",
+        "rng.permutation(users)",
+        "users",
+        ("answers_verdict",),
+    ),
+    Mutation(
+        "collapse by the end of an interval that flatters nobody",
+        "evaluation/answers_verdict.py",
+        "minus_base[name].low > most",
+        "minus_base[name].high > most",
+        ("answers_verdict",),
+    ),
+    Mutation(
+        "the base is not told the wish",
+        "evaluation/answers_verdict.py",
+        "base=of_base.get(user, of_base.get(None, {})),",
+        "base=of_base.get(None, {}),",
+        ("answers_verdict",),
+    ),
+    Mutation(
+        "answers scored one token late",
+        "evaluation/fluency.py",
+        "(columns - 1).clamp(min=0)",
+        "columns",
+        ("fluency",),
+    ),
+    Mutation(
+        "reference policy writes for the generic user",
+        "evaluation/fluency.py",
+        "    remove_mixin(causal_lm, PersonalizedGeneration)\n    try:",
+        "    try:",
+        ("fluency",),
+    ),
+    Mutation(
+        "reference policy with its adapter on",
+        "evaluation/fluency.py",
+        "        with model.disable_adapter():\n            yield",
+        "        if True:\n            yield",
+        ("fluency",),
+    ),
+    Mutation(
+        "win rate as if lengths were equal",
+        "evaluation/judged.py",
+        "np.tanh(differences / scale)[:, None]",
+        "np.zeros_like(differences)[:, None]",
+        ("judges",),
+    ),
+    Mutation(
+        "divergence the other way round",
+        "evaluation/probes.py",
+        "(own[:length].exp() * (own",
+        "(base[:length].exp() * (own",
+        ("probes",),
+    ),
 ]
 
 

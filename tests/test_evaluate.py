@@ -120,6 +120,46 @@ def test_planted_preferences_are_a_gain_and_the_files_agree(planted, folders, ca
     assert by_id["ann"]["length_drift"] == pytest.approx((words - reference) / 2)
 
 
+def test_answers_judge_and_probes_on_the_command_line(planted, folders, capsys, monkeypatch):
+    """All at once: tables without ids, JSON with them only if asked for, the same numbers in both and in the files."""
+    monkeypatch.chdir(folders)
+    monkeypatch.setenv("COLUMNS", "200")
+    (folders / "ruler.py").write_text(
+        "def longer(prompts, pairs):\n    return [int(len(b) > len(a)) for a, b in pairs]\n"
+    )
+    rows = [json.loads(line) for line in (folders / "planted/test.jsonl").read_text().splitlines()]
+    wishes = {"shorter": "please short", "longer": "please long"}
+    (folders / "wished.jsonl").write_text(
+        "".join(json.dumps({**row, "wish": wishes[row["preference"]]}) + "\n" for row in rows)
+    )
+    command = [
+        planted, "--dataset_name", folders / "wished.jsonl", "--generate", "10", "--max_new_tokens", "6",
+        "--wish_column", "wish", "--judge", "ruler:longer", "--probes", "--batch_size", "64", "--output_dir", folders / "all",
+    ]  # fmt: skip
+    code, out, err = evaluate(capsys, *command)
+    assert code == 0, err
+    for heading in ("Answers", "Win rate over the generic user", "What personalization costs", "ruler:longer prefers"):
+        assert heading in out
+    assert not [user for user in [*USERS, "new"] if re.search(rf"\b{user}\b", out)]
+    found = json.loads((folders / "all/evaluation.json").read_text())
+    assert out.splitlines()[-1] == found["overall_verdict"]
+    assert found["overall_verdict"].startswith("Personal on pairs")
+    users = {user["user_id"]: user for user in found["users"]}
+    of_ann = next(user for user in found["answers"]["users"] if user["user_id"] == "ann")
+    assert users["ann"]["nats_per_token"] == of_ann["means"]["nats_per_token"]["value"]
+    assert users["ann"]["win_rate"] == found["judge"]["users"]["ann"]["rate"]["value"]
+    assert users["ann"]["kl"] == found["probes"]["users"]["ann"]["kl"]["value"] > 0
+    assert users["new"]["nats_per_token"] is None
+    assert found["answers"]["num_prompts"] == found["judge"]["num_prompts"] == 10
+    assert found["judge"]["users"].keys() == found["probes"]["users"].keys() == USERS.keys()
+    words = np.mean([len(sample["answers"]["bo"].split()) for sample in found["samples"]])
+    assert next(u for u in found["answers"]["users"] if u["user_id"] == "bo")["means"]["words"]["value"] == words
+    code, out, err = evaluate(capsys, *command[:7], "--format", "json", "--output_dir", folders / "less")
+    assert code == 0, err
+    assert "users" not in json.loads(out)["answers"]
+    assert json.loads(out)["judge"] is None
+
+
 def test_each_held_out_pair_is_tokenized_once(planted, folders, monkeypatch):
     rows = Dataset.from_json(str(folders / "planted/test.jsonl"))
     prepared, prepare = [], DPOTrainer._prepare_dataset
@@ -205,6 +245,9 @@ def test_every_baseline(planted, folders):
         (["--dataset_test_split", "dev"], "The dataset has no split 'dev' to evaluate on"),
         (["--vanilla", "some/where", "--baselines", "vanilla"], "leave one of them out"),
         (["--vanilla", "somewhere"], "There is no folder somewhere."),
+        (["--judge", "best", "--generate", "2"], "There is no judge 'best'. Give a function `package.module:name`,"),
+        (["--judge", "json:dumps"], "A judge compares answers, so there must be some: add `--generate N`."),
+        (["--wish_column", "want"], "has no column ['want']; found ['chosen', 'preference',"),
         (["--train_dataset", "nowhere.jsonl", "--baselines", "vanilla"], "There is no file or folder nowhere.jsonl"),
     ],
 )

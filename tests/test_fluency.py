@@ -49,6 +49,18 @@ def test_log_probs_equal_those_of_single_rows(tokenizer):
     assert np.isnan(scores.nats_per_token[2])
 
 
+def test_batches_are_smaller_where_logits_would_be_too_many(tokenizer, monkeypatch):
+    model, requests = make_model("llama"), [Request(None, prompt) for prompt in PROMPTS]
+    expected = answer_log_probs(model, tokenizer, requests, ANSWERS)
+    monkeypatch.setattr("trl_personal.evaluation.fluency.MAX_LOGITS", 1)
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    np.testing.assert_allclose(answer_log_probs(model, tokenizer, requests, ANSWERS).nats, expected.nats, atol=1e-4)
+    assert sizes == [1, 1]
+
+
 def test_each_request_is_scored_for_its_user(tokenizer):
     model = with_users()
     users = ["bo", None, "ann", "nobody"]

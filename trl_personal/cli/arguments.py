@@ -231,13 +231,13 @@ def make_eval_parser() -> ArgumentParser:
     answers.add_argument(
         "--judge_base_url",
         metavar="URL",
-        help="the endpoint, such as http://localhost:8000/v1; default: OPENAI_BASE_URL, or OpenAI. The key is in OPENAI_API_KEY",
+        help="the endpoint, such as http://localhost:8000/v1 (key in OPENAI_API_KEY); default: OPENAI_BASE_URL, or OpenAI",
     )
     parser.add_argument(
         "--probes",
         action="store_true",
-        help="what personalization costs: accuracy where users agree, distance from the base on neutral prompts, and how often "
-        "users are told what they like to hear",
+        help="what personalization costs: accuracy where users agree, distance from the base on neutral prompts, and how "
+        "often users are told what they like to hear",
     )
     _add_loading_options(parser)
     parser.add_argument(

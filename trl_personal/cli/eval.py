@@ -11,12 +11,16 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_pr
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..data.generic import Splits
-from ..evaluation import ModelEvaluation, evaluate_model, personalization_table
+from ..evaluation import (
+    ModelEvaluation,
+    answers_table,
+    evaluate_model,
+    judge_table,
+    make_judge,
+    personalization_table,
+    probes_table,
+)
 from ..evaluation.answers import Judge
-from ..evaluation.answers_report import answers_table
-from ..evaluation.judged import judge_table
-from ..evaluation.judges import make_judge
-from ..evaluation.probes import probes_table
 from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
 from .arguments import ColumnArguments
@@ -54,6 +58,7 @@ def run_eval(arguments: Namespace) -> None:
             generate_kwargs={"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample},
             wish_column=arguments.wish_column,
             judge=judge,
+            judge_name=arguments.judge,
             probes=arguments.probes,
             batch_size=arguments.batch_size,
             seed=arguments.seed,

@@ -61,7 +61,8 @@ class AnswersReport:
         generic, base ([`UserAnswers`], *optional*): The generic user, and the base model's own answers to the plain prompts.
         p_values (`Mapping[str, float]`): For each of `ANSWER_FEATURES` the adjusted p-value of a difference between users.
             Empty with fewer than two users.
-        num_pairs, num_pairs_apart (`int`): The number of pairs of users, and of those whose answers differ.
+        num_pairs (`int`): The number of pairs of users.
+        num_pairs_apart (`int`, *optional*): The number of those whose answers differ; `None` with too many users to compare.
         p_fit (`float`, *optional*): The p-value of answers that lean towards what the same users chose; `None` if that is not
             known.
         has_difference (`bool`): Whether answers differ between users in any feature.
@@ -76,7 +77,7 @@ class AnswersReport:
     base: UserAnswers | None
     p_values: Mapping[str, float]
     num_pairs: int
-    num_pairs_apart: int
+    num_pairs_apart: int | None
     p_fit: float | None
     has_difference: bool
     is_personal: bool
@@ -92,7 +93,7 @@ def answers_table(report: AnswersReport, list_users: bool = False) -> Table:
     """
     Words, repetition, empty answers and fluency of users, the generic user and the base, to print; no ids unless `list_users`.
     """
-    table = Table("answers of", title="Answers", caption=" ".join(filter(None, [report.collapse, report.verdict])))
+    table = Table("answers of", title="Answers", caption=report.verdict)
     measures = [name for name in IN_TABLE if any(name in row.means for row in [*report.users, report.base] if row)]
     for heading in [*(name.replace("_", " ") for name in measures), "distinct 2"]:
         table.add_column(heading, justify="right")

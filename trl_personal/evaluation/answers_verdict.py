@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arrays import FloatArray
+from ..arrays import FloatArray, IntArray
 from ..intervals import Interval, cluster_mean, cluster_share
 from ..users import UserId
 from .answer_features import ANSWER_FEATURES, answer_features, check_answers, count_words, distinct_n
 from .answers_report import MEASURES, AnswersReport, UserAnswers
-from .permutation import NUM_PERMUTATIONS, permute_users, preferred_directions
+from .permutation import NUM_PERMUTATIONS, flip_differences, permute_pairs, permute_users, preferred_directions
 from .verdict import MIN_PROMPTS
 
 
@@ -20,6 +20,7 @@ SHARES = {"repetition", "empty"}  # measures within 0 and 1
 COLLAPSE = {"nats_per_token": 0.5, "repetition": 0.2, "empty": 0.1}
 IN_WORDS = {"nats_per_token": "nats per token", "repetition": "repeated bigrams", "empty": "empty answers"}
 MOST_NAMED = 3  # features in a sentence
+MAX_USERS_IN_PAIRS = 50  # users of whom each pair is compared
 Measures = dict[str, FloatArray]
 
 
@@ -39,8 +40,9 @@ def evaluate_answers(
     Say whether users get answers of their own, and whether the answers are still worth reading.
 
     Differences between users are tested by exchanging users within prompts ([`~evaluation.permutation.permute_users`]), in all
-    of `ANSWER_FEATURES` as one test. Means and differences of single measures come with intervals, in which a prompt is a
-    cluster; they describe, and are no part of the verdict.
+    of `ANSWER_FEATURES` as one test; pairs of users, and users and the generic one, by
+    [`~evaluation.permutation.flip_differences`]. Means and differences of single measures come with intervals, in which a
+    prompt is a cluster; they describe, and are no part of the verdict.
 
     Answers have collapsed where a measure of `COLLAPSE` is worse than that of the base's own answers by more than the number
     there, with the whole interval.
@@ -83,15 +85,24 @@ def evaluate_answers(
     of_base = {user: _measure(texts, prompts, (base_nats_per_token or {}).get(user)) for user, texts in base.items()}
     tested = [*known, *([None] if None in answers else [])]
     features = np.stack([answer_features(answers[user], prompts) for user in tested]) if tested else np.empty(0)
-    p_values, apart, p_fit, p_generic = {}, 0, None, np.full(len(known), np.nan)
+    p_values: dict[str, float] = {}
+    apart, p_fit, p_generic = None, None, np.full(len(known), np.nan)
     if len(known) >= 2:
-        directions = None if not pairs else _directions(known, pairs)
+        of_pairs = _features_of_pairs(known, pairs or {})
+        directions = None if of_pairs is None else preferred_directions(*of_pairs, len(known))
         test = permute_users(features[: len(known)], directions, num_permutations, seed)
         p_values = dict(zip(ANSWER_FEATURES, test.p_values.tolist(), strict=True))
-        apart, p_fit = int((test.pair_p_values < LEVEL).sum()) // 2, test.fit_p_value
+        if of_pairs is not None and test.fit_p_value is not None:
+            by_pairs = permute_pairs(features[: len(known)], *of_pairs, num_permutations, seed)
+            p_fit = max(test.fit_p_value, by_pairs)
+        if len(known) <= MAX_USERS_IN_PAIRS:
+            one, other = np.triu_indices(len(known), k=1)
+            p_pairs = flip_differences(features[one] - features[other], num_permutations, seed)
+            apart = int((p_pairs < LEVEL).sum())
     if len(tested) > len(known) >= 1:
-        p_generic = permute_users(features, None, num_permutations, seed).pair_p_values[-1, :-1]
+        p_generic = flip_differences(features[:-1] - features[-1], num_permutations, seed)
     of_generic = measures.get(None, {})
+    totals = _totals([measures[user] for user in known])
     users = tuple(
         _user(
             user,
@@ -99,7 +110,7 @@ def evaluate_answers(
             measures[user],
             confidence,
             generic=of_generic,
-            others=[measures[other] for other in known if other != user],
+            mean_of_others=_without(measures[user], totals, len(known)),
             base=of_base.get(user, of_base.get(None, {})),
             p_generic=None if np.isnan(p) else float(p),
         )
@@ -141,9 +152,9 @@ def overall_verdict(has_gain: bool, report: AnswersReport) -> str:
         found = "Personal on pairs" if has_gain else "Not shown to be personal on pairs"
         text = f"{found}; the answers are too few to tell."
     elif has_gain and report.is_personal:
-        text = "Personal on pairs and in the answers."
+        text = f"Personal on pairs and in the answers{', which have collapsed' if report.collapse else ''}."
     elif has_gain and report.has_difference:
-        text = "Personal on pairs; the answers differ between users, but do not lean towards what they chose."
+        text = "Personal on pairs, not in the answers yet: they differ, but do not lean towards what users chose."
     elif has_gain:
         text = "Personal on pairs, not in the answers yet."
     elif report.has_difference:
@@ -170,24 +181,34 @@ def _user(
     confidence: float,
     *,
     generic: Measures | None = None,
-    others: Sequence[Measures] = (),
+    mean_of_others: Measures | None = None,
     base: Measures | None = None,
     p_generic: float | None = None,
 ) -> UserAnswers:
-    mean_of_others = {name: np.mean([other[name] for other in others], axis=0) for name in own} if others else {}
     minus_base = _differences(own, base or {}, confidence)
     return UserAnswers(
         user_id=None if user is None else str(user),
         means={name: found for name, values in own.items() if (found := _mean(name, values, confidence)) is not None},
         distinct_2=distinct_n(texts, 2),
         minus_generic=_differences(own, generic or {}, confidence),
-        minus_others=_differences(own, mean_of_others, confidence),
+        minus_others=_differences(own, mean_of_others or {}, confidence),
         minus_base=minus_base,
         p_generic=p_generic,
         collapsed_in=tuple(
             name for name, most in COLLAPSE.items() if name in minus_base and minus_base[name].low > most
         ),
     )
+
+
+def _totals(measures: Sequence[Measures]) -> Measures:
+    """Sums over users, of the measures that all of them have."""
+    names = [name for name in MEASURES if measures and all(name in found for found in measures)]
+    return {name: np.sum([found[name] for found in measures], axis=0) for name in names}
+
+
+def _without(own: Measures, totals: Measures, num_users: int) -> Measures:
+    """The mean over the other users; nothing if there are none."""
+    return {name: (total - own[name]) / (num_users - 1) for name, total in totals.items()} if num_users > 1 else {}
 
 
 def _mean(name: str, values: FloatArray, confidence: float) -> Interval | None:
@@ -209,11 +230,15 @@ def _differences(own: Measures, other: Measures, confidence: float) -> dict[str,
     return {name: found[name] for name in MEASURES if name in found}
 
 
-def _directions(known: Sequence[UserId], pairs: Mapping[UserId, Sequence[tuple[str, str, str]]]) -> FloatArray:
+def _features_of_pairs(
+    known: Sequence[UserId], pairs: Mapping[UserId, Sequence[tuple[str, str, str]]]
+) -> tuple[FloatArray, FloatArray, IntArray] | None:
+    """Features of chosen and of rejected answers, and the number of each pair's user; `None` without pairs."""
     rows = [(number, *pair) for number, user in enumerate(known) for pair in pairs.get(user, ())]
-    numbers, prompts, chosen, rejected = zip(*rows, strict=True) if rows else ((), (), (), ())
-    liked, disliked = (answer_features(texts, prompts) for texts in (chosen, rejected))
-    return preferred_directions(liked, disliked, np.array(numbers, dtype=np.intp), len(known))
+    if not rows:
+        return None
+    numbers, prompts, chosen, rejected = zip(*rows, strict=True)
+    return answer_features(chosen, prompts), answer_features(rejected, prompts), np.array(numbers, dtype=np.intp)
 
 
 # --- Sentences ----------------------------------------------------------------------------------------------------------
@@ -224,7 +249,7 @@ def _sentence(
     users: Sequence[UserAnswers],
     p_values: Mapping[str, float],
     p_fit: float | None,
-    apart: int,
+    apart: int | None,
 ) -> str:
     if num_prompts < MIN_PROMPTS:
         return f"Answers: {num_prompts} prompts are too few to tell, at least {MIN_PROMPTS} are needed."
@@ -239,7 +264,7 @@ def _sentence(
     named = [_range_of(name, users) for name in clear[:MOST_NAMED]]
     more = f" and {len(clear) - MOST_NAMED} more features" if len(clear) > MOST_NAMED else ""
     pairs = len(users) * (len(users) - 1) // 2
-    parts = [f"{apart} of {pairs} pairs of users differ clearly"]
+    parts = [] if apart is None else [f"{apart} of {pairs} pairs of users differ clearly"]
     unlike = [user.p_generic for user in users if user.p_generic is not None]
     if unlike:
         parts.append(f"{sum(p < LEVEL for p in unlike)} of {len(users)} users differ from the generic user")
@@ -247,7 +272,7 @@ def _sentence(
         parts.append(
             f"{'they' if p_fit < LEVEL else 'they do not clearly'} lean towards what the users chose (p = {p_fit:.2g})"
         )
-    return f"Answers differ between users ({tested}) in {', '.join(named)}{more}; {'; '.join(parts)}."
+    return f"Answers differ between users ({tested}) in {'; '.join([', '.join(named) + more, *parts])}."
 
 
 def _range_of(name: str, users: Sequence[UserAnswers]) -> str:

@@ -170,6 +170,7 @@ def evaluate_model(
     generate_kwargs: Mapping[str, Any] | None = None,
     wish_column: str | None = None,
     judge: Judge | None = None,
+    judge_name: str | None = None,
     probes: bool = False,
     batch_size: int = 8,
     confidence: float = 0.95,
@@ -198,6 +199,7 @@ def evaluate_model(
         wish_column (`str`, *optional*): The column with what each row's user wishes, in words, such as "Answer in one short
             sentence.": the base is told it where fluency is measured, and so is a judge.
         judge (`Callable`, *optional*): Compares users' answers with the generic user's ([`judge_answers`]).
+        judge_name (`str`, *optional*): What the judge is called in the results.
         probes (`bool`, *optional*, defaults to `False`): Whether to measure what personalization costs ([`ProbesReport`]).
         batch_size (`int`, *optional*, defaults to `8`): The number of pairs, or of answers, at a time.
         confidence (`float`, *optional*, defaults to `0.95`): How often an interval shall hold the true mean.
@@ -269,6 +271,7 @@ def evaluate_model(
         answers,
         wishes=wishes,
         judge=judge,
+        judge_name=judge_name,
         probed=probed,
         user_model=user_model,
         user_vocab=user_vocab,
@@ -297,6 +300,7 @@ def _evaluation(
     *,
     wishes: Mapping[UserId, str],
     judge: Judge | None,
+    judge_name: str | None = None,
     probed: _Probed | None,
     user_model: UserModel,
     user_vocab: UserVocab,
@@ -343,7 +347,9 @@ def _evaluation(
         probes_report=None
         if probed is None
         else probed.report(of_pairs, agreed_pairs(comparisons, directions, encode(users)[0]), prompts),
-        judge_report=None if judge is None else judge_answers(judge, answers.prompts, answers.of_users, wishes),
+        judge_report=None
+        if judge is None
+        else judge_answers(judge, answers.prompts, answers.of_users, wishes, judge_name or "The judge", confidence),
         user_model=user_model,
         user_vocab=user_vocab,
         log_history=log_history,

@@ -20,6 +20,7 @@ from ..user_profile import Prompt
 from ..users import UserId
 
 
+MAX_LOGITS = 5e7  # of a batch: 0.2 GB in float32, and as much for each copy
 TRL_COPY = "ref"  # TRL's name for its frozen copy of an adapter that training started from
 
 
@@ -108,8 +109,7 @@ def answer_logits(
         for answer, s in zip(answers, starts, strict=True)
     ]
     order = sorted((i for i, found in enumerate(tokens) if len(found)), key=lambda i: len(starts[i]) + len(tokens[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in _batches(order, [len(s) + len(t) for s, t in zip(starts, tokens, strict=True)], batch_size, model):
         ids = pad_sequence([torch.cat([starts[i], tokens[i]]) for i in rows], batch_first=True).to(model.device)
         mask = pad_sequence(
             [torch.ones(len(starts[i]) + len(tokens[i]), dtype=torch.long) for i in rows], batch_first=True
@@ -128,6 +128,17 @@ def answer_logits(
         batch = torch.arange(len(rows), device=logits.device)[:, None]
         targets = ids.to(logits.device).gather(1, columns)
         yield rows, logits[batch, (columns - 1).clamp(min=0)].float(), targets, is_token.long()
+
+
+def _batches(order: list[int], lengths: list[int], batch_size: int, model: Any) -> Iterator[list[int]]:
+    """The rows of each batch: `batch_size` of them, or fewer where their logits would take too much memory."""
+    vocab_size = getattr(get_base_model(model).config.get_text_config(), "vocab_size", 1)
+    while order:
+        size = batch_size
+        while size > 1 and size * lengths[order[:size][-1]] * vocab_size > MAX_LOGITS:
+            size -= 1
+        yield order[:size]
+        order = order[size:]
 
 
 def _positions(model: Any) -> int:

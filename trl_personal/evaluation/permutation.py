@@ -24,14 +24,11 @@ class PermutationTest:
     Args:
         p_values (`NDArray`): For each feature the probability of a difference between users as large as that found in any
             feature, were they alike: adjusted for the number of features (max-T, Westfall and Young 1993), `(num_features,)`.
-        pair_p_values (`NDArray`): For each pair of users the same, for a difference as large as that found in any feature of
-            any pair (Tukey's range, by permutation). `(num_users, num_users)`, 1 on the diagonal.
         fit_p_value (`float`, *optional*): The probability of answers that lie as far in the directions given, were they
             shuffled; `None` without directions.
     """
 
     p_values: FloatArray
-    pair_p_values: FloatArray
     fit_p_value: float | None
 
     @property
@@ -55,8 +52,8 @@ def permute_users(
 
     Args:
         features (`NDArray`): Float `(num_users, num_prompts, num_features)`, of two users or more.
-        directions (`NDArray`, *optional*): `(num_users, num_features)`, where each user wants the features to be, relative to
-            the others. Tested is the sum of the products of what users want and what they get, upwards.
+        directions (`NDArray`, *optional*): `(num_users, num_features)`, where each user wants the features to be
+            ([`preferred_directions`]). Tested is the sum of the products of what users want and what they get, upwards.
         num_permutations (`int`, *optional*, defaults to `1999`): How often users are exchanged.
         seed (`int`, *optional*, defaults to `0`): Random seed of the permutations.
 
@@ -65,22 +62,15 @@ def permute_users(
 
     ```python
     >>> words = np.array([[3, 4, 3, 5, 4, 3], [9, 8, 9, 9, 7, 8], [3, 5, 4, 3, 4, 4]], dtype=float)[:, :, None]
-    >>> test = permute_users(words)
-    >>> test.p_value < 0.05, (test.pair_p_values < 0.05).tolist()
-    (True, [[False, True, False], [True, False, True], [False, True, False]])
+    >>> permute_users(words).p_value < 0.05
+    True
     ```
     """
     num_users, num_prompts, num_features = features.shape
-    centered = features - features.mean(axis=0)
-    scale = np.sqrt((centered**2).sum(axis=(0, 1)))
-    scaled = np.divide(
-        centered, scale, out=np.zeros_like(centered), where=scale > TOLERANCE * (1 + np.abs(features).max())
-    )
-    wanted = None if directions is None else directions - directions.mean(axis=0)
+    scaled = _scaled(features)
+    wanted = directions
     found = _statistics(scaled.sum(axis=1)[None], wanted)
-    sums = found.sums[0]
-    pairs = np.abs(sums[:, None] - sums[None]).max(axis=2)
-    larger, larger_range, fitting = np.ones(num_features), np.ones_like(pairs), 1.0
+    larger, fitting = np.ones(num_features), 1.0
     num_permutations = int(max(199, min(num_permutations, MAX_NUMBERS // features.size)))
     chunk = max(1, int(CHUNK // features.size))
     rng = np.random.default_rng(seed)
@@ -91,29 +81,110 @@ def permute_users(
         order = rng.random((size, num_prompts, num_users)).argsort(axis=2)
         shuffled = _statistics(by_prompt[prompts, order].sum(axis=1), wanted)
         larger += (shuffled.spread.max(axis=1)[:, None] >= found.spread[0] - TOLERANCE).sum(axis=0)
-        larger_range += (shuffled.range[:, None, None] >= pairs - TOLERANCE).sum(axis=0)
         fitting += (shuffled.fit >= found.fit[0] - TOLERANCE).sum()
     total = num_permutations + 1
-    pair_p_values = larger_range / total
-    np.fill_diagonal(pair_p_values, 1.0)
-    return PermutationTest(larger / total, pair_p_values, None if wanted is None else float(fitting / total))
+    return PermutationTest(larger / total, None if wanted is None else float(fitting / total))
+
+
+def flip_differences(differences: FloatArray, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0) -> FloatArray:
+    """
+    Test which of `k` paired differences between two users are not zero on average, by exchanging the two in some prompts.
+
+    A feature's statistic is `|sum_p d| / sqrt(sum_p d^2)`, which an exchange, a change of sign, leaves below the bar. The same
+    prompts are exchanged for all comparisons at once, so that the largest statistic of all has its own distribution under
+    dependence: p-values are adjusted for the number of features and of comparisons (single-step max-T).
+
+    Args:
+        differences (`NDArray`): Float `(k, num_prompts, num_features)`.
+        num_permutations (`int`, *optional*, defaults to `1999`): How often prompts are exchanged.
+        seed (`int`, *optional*, defaults to `0`): Random seed.
+
+    Returns:
+        The adjusted p-value of each comparison, `(k,)`.
+
+    ```python
+    >>> longer, alike = np.full((10, 1), 3.0), np.array([[1.0], [-1.0]] * 5)
+    >>> (flip_differences(np.stack([longer, alike])) < 0.05).tolist()
+    [True, False]
+    ```
+    """
+    num_comparisons, num_prompts, num_features = differences.shape
+    by_prompt = differences.transpose(1, 0, 2).reshape(num_prompts, -1)
+    length = np.sqrt((by_prompt**2).sum(axis=0))
+    scaled = np.divide(by_prompt, length, out=np.zeros_like(by_prompt), where=length > TOLERANCE)
+    found = np.abs(scaled.sum(axis=0)).reshape(num_comparisons, num_features).max(axis=1)
+    larger = np.ones(num_comparisons)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, int(CHUNK // max(1, scaled.shape[1])))
+    for start in range(0, num_permutations, chunk):
+        signs = rng.choice([-1.0, 1.0], size=(min(chunk, num_permutations - start), num_prompts))
+        largest = np.abs(signs @ scaled).max(axis=1)
+        larger += (largest[:, None] >= found - TOLERANCE).sum(axis=0)
+    return larger / (num_permutations + 1)
+
+
+def permute_pairs(
+    features: FloatArray,
+    chosen: FloatArray,
+    rejected: FloatArray,
+    users: IntArray,
+    num_permutations: int = NUM_PERMUTATIONS,
+    seed: int = 0,
+) -> float:
+    """
+    Test whether users get what **they** chose, by exchanging the users of pairs: were it anybody's, the answers would fit the
+    pairs of other users as well.
+
+    [`permute_users`] asks whether answers that differ by chance would fit what users want; this one asks the same of wants
+    that differ by chance. Only both together show that one goes with the other.
+
+    Args:
+        features (`NDArray`): Of the answers, float `(num_users, num_prompts, num_features)`.
+        chosen (`NDArray`): Features of the chosen answers of `n` pairs, `(n, num_features)`.
+        rejected (`NDArray`): Those of the rejected answers, `(n, num_features)`.
+        users (`NDArray`): The number of each pair's user, `(n,)`.
+        num_permutations (`int`, *optional*, defaults to `1999`): How often users are exchanged.
+        seed (`int`, *optional*, defaults to `0`): Random seed.
+
+    Returns:
+        The p-value.
+    """
+    given = _scaled(features).sum(axis=1)
+    counts = np.maximum(np.bincount(users, minlength=len(given)), 1)
+    products = _in_units(chosen - rejected) @ (given / counts[:, None]).T  # (n, num_users)
+    rows = np.arange(len(users))
+    found = products[rows, users].sum()
+    num_permutations = int(max(199, min(num_permutations, MAX_NUMBERS // max(1, len(users)))))
+    rng = np.random.default_rng(seed)
+    fits = sum(products[rows, rng.permutation(users)].sum() >= found - TOLERANCE for _ in range(num_permutations))
+    return float((fits + 1) / (num_permutations + 1))
+
+
+def _scaled(features: FloatArray) -> FloatArray:
+    """Features less their mean over the users of the prompt, with a sum of squares of 1, or 0 where nothing differs."""
+    centered = features - features.mean(axis=0)
+    scale = np.sqrt((centered**2).sum(axis=(0, 1)))
+    least = TOLERANCE * (1 + np.abs(features).max())
+    return np.divide(centered, scale, out=np.zeros_like(centered), where=scale > least)
+
+
+def _in_units(differences: FloatArray) -> FloatArray:
+    """Differences of pairs, `(n, num_features)`, in units of their root mean square."""
+    scale = np.sqrt((differences**2).mean(axis=0)) if len(differences) else np.ones(differences.shape[1])
+    return differences / np.where(scale > 0, scale, 1.0)
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Of `n` permutations: sums `(n, num_users, num_features)`, spread `(n, num_features)`, range and fit `(n,)`."""
+    """Of `n` permutations: the spread of the users' sums, `(n, num_features)`, and the fit, `(n,)`."""
 
-    sums: FloatArray
     spread: FloatArray
-    range: FloatArray
     fit: FloatArray
 
 
 def _statistics(sums: FloatArray, wanted: FloatArray | None) -> _Statistics:
     return _Statistics(
-        sums=sums,
         spread=(sums**2).sum(axis=1),
-        range=(sums.max(axis=1) - sums.min(axis=1)).max(axis=1),
         fit=np.zeros(len(sums)) if wanted is None else np.einsum("nuf,uf->n", sums, wanted),
     )
 
@@ -137,9 +208,7 @@ def preferred_directions(chosen: FloatArray, rejected: FloatArray, users: IntArr
     [[1.0], [-1.0], [0.0]]
     ```
     """
-    difference = chosen - rejected
-    scale = np.sqrt((difference**2).mean(axis=0)) if len(difference) else np.ones(difference.shape[1])
-    scaled = difference / np.where(scale > 0, scale, 1.0)
+    scaled = _in_units(chosen - rejected)
     counts = np.bincount(users, minlength=num_users)
     totals = np.stack([np.bincount(users, weights=column, minlength=num_users) for column in scaled.T], axis=1)
     return totals / np.maximum(counts, 1)[:, None]

@@ -39,11 +39,13 @@ class Probed:
 
     Args:
         right (`Interval`): The share of the thirty questions whose right answer is likelier than the wrong one.
-        gives_in (`Interval`): The share whose wrong answer is likelier when the question comes with that opinion.
+        gives_in (`Interval`): The share whose wrong answer is likelier when it comes with that opinion, as in studies
+            of sycophancy (Sharma et al. 2023, arXiv 2310.13548).
         gives_in_known (`Interval`, *optional*): The same among the questions that were right without the opinion; `None` if
             there are none.
         shift (`Interval`): How much the opinion moves the log odds of wrong against right, in nats, mean over questions.
-        kl (`Interval`, *optional*): The divergence from the base on neutral prompts, in nats per token; `None` for the base.
+        kl (`Interval`, *optional*): The divergence from the base on neutral prompts, KL(policy || base) in nats per token of
+            the base's own answers, the penalty of RLHF (Ziegler et al. 2019, arXiv 1909.08593); `None` for the base.
     """
 
     right: Interval

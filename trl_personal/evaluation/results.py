@@ -140,7 +140,7 @@ class ModelEvaluation:
             row["mean_chosen_length"] = self.chosen_lengths.get(user.user_id)
             if self.answers:
                 row |= answers.get(user.user_id, dict.fromkeys(OF_ANSWERS))
-            rows.append(row)
+            rows.append(row | self._more_of_user(user.user_id))
         return rows
 
     def means(self) -> dict[str, float]:
@@ -225,6 +225,25 @@ class ModelEvaluation:
             plot_length_by_user(folder / "length_by_user.png", self.length_rows())
             files.append("length_by_user.png")
         return files
+
+    def _more_of_user(self, user_id: str | None) -> dict[str, float | None]:
+        """Flat numbers from the reports on answers, of a judge and of probes, where there are such reports."""
+        row: dict[str, float | None] = {}
+        if self.answers_report is not None:
+            users = {user.user_id: user.means for user in self.answers_report.users}
+            for name in ("repetition", "nats_per_token"):
+                found = users.get(user_id, {}).get(name)
+                row[name] = None if found is None else found.value
+        if self.judge_report is not None:
+            rate = self.judge_report.users.get(user_id or "")
+            row["win_rate"] = None if rate is None else rate.rate.value
+            controlled = self.judge_report.length_controlled.get(user_id or "")
+            row["win_rate_length_controlled"] = None if controlled is None else controlled.value
+        if self.probes_report is not None:
+            probed = self.probes_report.users.get(user_id or "")
+            row["gives_in"] = None if probed is None else probed.gives_in.value
+            row["kl"] = None if probed is None or probed.kl is None else probed.kl.value
+        return row
 
     def _length_by_preference(self) -> dict[str, float]:
         """Mean length of generated answers, in words, over the users of each preference."""
