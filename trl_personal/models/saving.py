@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..files import staged_folder, weight_files
 from ..user_models import UserModel
 from ..user_models.base import CONFIG_FILE
-from ..users import UserVocab
+from ..users import JOINED_FILE, UserVocab
 from .folder_checks import base_model_files, language_model_files
+from .joined import write_joined
 
 
 USER_MODEL_FOLDER = "user_model"
@@ -77,6 +78,8 @@ class PersonalizedSaving:
             if user_state != {}:  # a caller that gathered nothing writes the user model itself
                 save_user_model(self, staging, user_state)  # type: ignore[arg-type]
             written = weight_files(staging)
+        if user_state != {} and not get_base_model(self).joined_users:  # type: ignore[arg-type]
+            (target / USER_MODEL_FOLDER / JOINED_FILE).unlink(missing_ok=True)
         if any(name.startswith("model") for name in written):
             for name in weight_files(target) - written:  # shards of an earlier save, or the adapter before a merge
                 (target / name).unlink()
@@ -130,6 +133,7 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
         state_dict = {name.removeprefix("users."): value for name, value in found.items()}
     template = causal_lm.user_profile_template
     causal_lm.user_vocab.save_pretrained(folder)
+    write_joined(folder, causal_lm.joined_users)
     causal_lm.user_model.save_files(
         folder,
         state_dict,
