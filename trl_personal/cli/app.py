@@ -70,7 +70,8 @@ def _flags_of(command: str) -> dict[str, str]:
     flags: Iterable[str] = flags_of_users() if command == "users" else flags_of_dpo()
     if command in PARSERS:
         flags = PARSERS[command]()._option_string_actions
-    return {flag[2:]: flag[2:] for flag in flags if flag.startswith("--") and "_" in flag}
+    found = {flag[2:]: flag[2:] for flag in flags if flag.startswith("--") and "_" in flag}
+    return found | ({"new_id": "as", "overwrite": "overwrite"} if command == "users" else {})
 
 
 def _name_of(options: Namespace, arguments: Namespace) -> str:

@@ -8,7 +8,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..models.known_users import KnownUsers, load_known_users, write_known_users
+from ..models.carry import SharedParts, export_rows, import_rows
+from ..models.folder_checks import check_fingerprints
+from ..models.folder_users import load_known_users, write_known_users
+from ..models.known_users import KnownUsers
 from ..terminal import json_line, print_whole, printable
 
 
@@ -61,9 +64,31 @@ def _change(arguments: Namespace, change: Callable[[KnownUsers], KnownUsers]) ->
     sys.stdout.write(f"{arguments.model} has {len(changed.user_vocab)} users.\n")
 
 
+def run_export(arguments: Namespace) -> None:
+    """Write users' rows to a file."""
+    folder = Path(arguments.model)
+    users, config = load_known_users(folder)
+    check_fingerprints(folder, config)
+    export_rows(users, arguments.user_ids, SharedParts.of(users.user_model, config), arguments.output)
+    sys.stdout.write(f"{len(arguments.user_ids)} users are in {arguments.output}.\n")
+
+
+def run_import(arguments: Namespace) -> None:
+    """Add the users of an exported file."""
+    folder = Path(arguments.model)
+    users, config = load_known_users(folder)
+    check_fingerprints(folder, config)
+    shared = SharedParts.of(users.user_model, config)
+    changed, imported = import_rows(users, shared, arguments.file, arguments.new_id, arguments.overwrite)
+    write_known_users(folder, changed, config)
+    sys.stdout.write(f"{len(imported)} users were imported; {arguments.model} has {len(changed.user_vocab)}.\n")
+
+
 # a command of its own: a function here, and a parser of the same name in `cli.users_arguments`
 USERS_COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "list": run_list,
     "rename": run_rename,
     "copy": run_copy,
+    "export": run_export,
+    "import": run_import,
 }

@@ -1,4 +1,4 @@
-"""What is known of users who came after the shared training: `user_model/joined_users.json`, which is there only if there are any."""
+"""What is known of users who came after the shared training, in `joined_users.json`: without such users there is none."""
 
 import json
 from collections.abc import Mapping

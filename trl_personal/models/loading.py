@@ -32,7 +32,7 @@ from .folder_checks import (
     read_adapter_config,
 )
 from .joined import read_joined
-from .saving import USER_MODEL_FOLDER, check_vocab, embedding_size, get_base_model
+from .saving import USER_MODEL_FOLDER, check_vocab, embedding_size, get_base_model, remember_saved
 
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class AutoPersonalizedModelForCausalLM:
         template = config.get("user_profile_template")
         joined = read_joined(user_folder, config)
         attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template, joined)
+        remember_saved(model, config)
         return (model, info) if kwargs.get("output_loading_info") else model
 
 

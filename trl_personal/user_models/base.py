@@ -310,8 +310,8 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         """
         Write `user_model.safetensors`, then `user_model_config.json` with `extra` entries in it; each atomically.
 
-        The config holds fingerprints of the weights, of a `users.json` and a `joined_users.json` that lie there, and of its own other entries. The
-        generic user's row of a table that has none (`padding_idx`) is written as zeros.
+        The config holds fingerprints of the weights, of a `users.json` and a `joined_users.json` that lie there, and of its
+        own other entries. The generic user's row of a table that has none (`padding_idx`) is written as zeros.
 
         `state_dict` replaces the module's own, for weights gathered from other processes.
         """
