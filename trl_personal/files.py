@@ -20,6 +20,7 @@ NUM_SAMPLES = 64  # blocks per file; smaller files are read whole
 STAGING_PREFIX = ".saving-"
 SECONDS_UNTIL_LOCKED = 60
 STAGING_LOCK = ".writing"  # in a staging folder, locked while a process writes there
+EVALUATION_ENDING = "-evaluation"  # of the folder beside a model's that evaluation writes to: it holds ids of users
 LM_WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -82,6 +83,24 @@ def _remove_if_left(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     except (Timeout, OSError):  # somebody writes there, or has just removed it
         return
+
+
+def beside(folder: str | Path, ending: str) -> Path:
+    """
+    A path beside a folder, named after it: what is about a model and must not be uploaded with it. For a repository on the
+    hub, `owner/name`, it is in the working directory.
+
+    ```python
+    >>> beside("runs/out", "-evaluation").as_posix(), beside("owner/name", "-evaluation").as_posix()
+    ('runs/out-evaluation', 'name-evaluation')
+    ```
+    """
+    path = Path(folder)
+    if not path.is_dir() and not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != "..":
+        return Path(path.name + ending)
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    parent = path.parent if path.name not in ("", "..") else path.resolve().parent
+    return parent / f"{name}{ending}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def _flags_of(command: str) -> dict[str, str]:
     if command in PARSERS:
         flags = PARSERS[command]()._option_string_actions
     found = {flag[2:]: flag[2:] for flag in flags if flag.startswith("--") and "_" in flag}
-    return found | ({"new_id": "as", "overwrite": "overwrite"} if command == "users" else {})
+    return found | (
+        {"new_id": "as", "overwrite": "overwrite", "checkpoints": "checkpoints"} if command == "users" else {}
+    )
 
 
 def _name_of(options: Namespace, arguments: Namespace) -> str:

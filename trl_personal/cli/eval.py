@@ -17,6 +17,7 @@ from ..evaluation.answers_report import answers_table
 from ..evaluation.judged import judge_table
 from ..evaluation.judges import make_judge
 from ..evaluation.probes import probes_table
+from ..files import EVALUATION_ENDING, beside
 from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
 from .arguments import ColumnArguments
@@ -60,7 +61,7 @@ def run_eval(arguments: Namespace) -> None:
             disable_tqdm=hidden,
             **_loading(arguments),
         )
-        folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
+        folder = Path(arguments.output_dir or beside(arguments.model, EVALUATION_ENDING))
         files = evaluation.save(folder)
     if evaluation.num_dropped:
         sys.stderr.write(f"{evaluation.num_dropped} pairs are left out: a prompt alone fills `max_length`.\n")

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from ..models.carry import SharedParts, export_rows, import_rows
 from ..models.folder_checks import check_fingerprints
 from ..models.folder_users import load_known_users, write_known_users
 from ..models.known_users import KnownUsers
+from ..removal import remove_from_folder, verify_certificate
+from ..removal.journal import Journal
 from ..terminal import json_line, print_whole, printable
 
 
@@ -21,6 +24,10 @@ def run_users(arguments: Namespace) -> None:
         raise FileNotFoundError(
             f"There is no folder {arguments.model}. Name the folder of a trained model; one on the hub is downloaded first "
             "(`hf download`)."
+        )
+    if arguments.users_command != "remove" and Journal(Path(arguments.model)).is_committed:
+        raise ValueError(
+            f"A removal of users from {arguments.model} was interrupted. Run it again: `trl-personal users remove` finishes it."
         )
     USERS_COMMANDS[arguments.users_command](arguments)
 
@@ -84,6 +91,52 @@ def run_import(arguments: Namespace) -> None:
     sys.stdout.write(f"{len(imported)} users were imported; {arguments.model} has {len(changed.user_vocab)}.\n")
 
 
+def run_remove(arguments: Namespace) -> None:
+    """Take users out of the folder, and say where the certificate is."""
+    removal = remove_from_folder(
+        arguments.model,
+        arguments.user_ids,
+        checkpoints=arguments.checkpoints,
+        also=arguments.also,
+        certificate=arguments.certificate,
+    )
+    origins = Counter(user["origin"] for user in removal.certificate["users"])
+    actions = Counter(file["action"] for file in removal.certificate["files"])
+    if removal.finished:
+        sys.stdout.write("A removal of these users was interrupted before; it is done now.\n")
+    sys.stdout.write(
+        f"Removed users: {sum(origins.values())} ({', '.join(f'{n} {name}' for name, n in origins.items())}). Files: "
+        f"{', '.join(f'{n} {name}' for name, n in actions.items())}.\n"
+    )
+    if origins["trained"]:
+        sys.stdout.write(
+            "What the shared weights learned in training from users who were part of it stays: see the certificate.\n"
+        )
+    for entry in removal.certificate["left"]:
+        if entry.startswith("The text of an id"):
+            sys.stderr.write(f"{printable(entry)}\n")
+    sys.stdout.write(f"certificate: {removal.path}\ndigest: {removal.digest}\nsalt: {removal.salt}\n")
+    sys.stdout.write(
+        "The certificate does not hold the salt: keep it to show whom the certificate is about, or forget it.\n"
+    )
+
+
+def run_verify(arguments: Namespace) -> None:
+    """Say that a certificate is whole and fits the folder, or what is wrong."""
+    content = verify_certificate(
+        arguments.certificate,
+        arguments.model,
+        also=arguments.also,
+        digest=arguments.digest,
+        user_id=arguments.user_id,
+        salt=arguments.salt,
+    )
+    key = "" if arguments.digest else " Without --digest, one that was written anew would pass too."
+    sys.stdout.write(
+        f"The certificate is whole, and {len(content['files'])} files are as it says ({content['time']}).{key}\n"
+    )
+
+
 # a command of its own: a function here, and a parser of the same name in `cli.users_arguments`
 USERS_COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "list": run_list,
@@ -91,4 +144,6 @@ USERS_COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "copy": run_copy,
     "export": run_export,
     "import": run_import,
+    "remove": run_remove,
+    "verify": run_verify,
 }

@@ -121,6 +121,13 @@ def _make_verify_parser() -> CommandParser:
         "verify", "Check that a certificate was not edited, and that the folder is as it was after the removal."
     )
     parser.add_argument("certificate", metavar="CERTIFICATE", help="file that `users remove` wrote")
+    parser.add_argument(
+        "--also",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="what `users remove` was given as --also, in that order",
+    )
     parser.add_argument("--digest", metavar="HEX", help="the certificate's digest, as `users remove` printed it")
     parser.add_argument("--user_id", metavar="ID", help="also: whether the certificate is about this user")
     parser.add_argument("--salt", metavar="HEX", help="the salt that `users remove` printed, for --user_id")

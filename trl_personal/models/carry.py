@@ -20,7 +20,7 @@ from .joined import check_facts
 from .known_users import KnownUsers
 
 
-FORMAT = "trl_personal.users"  # in the metadata of the file
+METADATA = "trl_personal_users"  # the one entry in the metadata of the file: several are written in any order
 FORMAT_VERSION = 1
 
 
@@ -111,7 +111,7 @@ def export_rows(users: KnownUsers, user_ids: Iterable[str | int], shared: Shared
         "users": {str(as_user_id(user_id)): _facts_to_carry(users, str(as_user_id(user_id))) for user_id in ids},
         "shared": asdict(shared),
     }
-    metadata = {"format": FORMAT, "content": json.dumps(content, ensure_ascii=False)}
+    metadata = {METADATA: json.dumps(content, ensure_ascii=False)}
     write_atomically(
         Path(path), save({k: v.contiguous() for k, v in users.user_model.get_rows(rows).items()}, metadata)
     )
@@ -175,7 +175,7 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = json.loads(metadata.get("content", "{}")) if metadata.get("format") == FORMAT else {}
+        content = json.loads(metadata.get(METADATA, "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not safetensors.") from error
     version = content.get("format_version") if isinstance(content, dict) else None

@@ -103,7 +103,9 @@ class KnownUsers:
         new = {str(as_user_id(old)): _named(name) for old, name in new_ids.items()}
         vocab = UserVocab([new.get(user_id, user_id) for user_id in self.user_vocab])
         joined = {
-            new.get(user_id, user_id): _with(facts, copied_from=new.get(source := facts.get("copied_from"), source))
+            new.get(user_id, user_id): {
+                name: new.get(value, value) if name == "copied_from" else value for name, value in facts.items()
+            }
             for user_id, facts in self.joined.items()
         }
         return KnownUsers(self.user_model, vocab, joined)
@@ -156,10 +158,6 @@ class KnownUsers:
         for rows in torch.arange(1, len(self.user_vocab) + 1, device=device).split(1024):
             norms += (self.user_model(rows) - generic).float().flatten(1).norm(dim=1).tolist()
         return norms
-
-
-def _with(facts: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
-    return {name: changed.get(name, value) for name, value in facts.items()}
 
 
 def _named(user_id: str | int) -> str:

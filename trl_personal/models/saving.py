@@ -170,7 +170,7 @@ def saved_language_model(causal_lm: Any) -> dict[str, dict[str, str]]:
     if not files or sample != _sample_of_weights(causal_lm):
         raise ValueError(
             "Rows of users belong to the shared parts that they were fitted beside, and nothing says which those are: the "
-            "language model has no files yet, or was trained or cast since. Save it first with `model.save_pretrained(folder)`."
+            "language model has no files yet, or was trained or cast since. Save it with `model.save_pretrained(folder)`."
         )
     return dict(files)
 

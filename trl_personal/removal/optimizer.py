@@ -1,0 +1,85 @@
+"""The state of an optimizer in a checkpoint, without the rows of removed users."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training.optimizer import user_groups
+from ..user_models import UserModel
+
+
+OPTIMIZER_FILE = "optimizer.pt"
+SHARDED = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")  # what DeepSpeed and FSDP2 write in its place
+BLOCKS = ("absmax", "qmap", "gnorm_vec")  # of 8-bit states, whose blocks are not the rows
+
+
+def optimizer_without_rows(path: Path, user_model: UserModel, rows: Sequence[int]) -> bytes:
+    """
+    An `optimizer.pt` without the moments of some users: other rows move up and stay the same to the last bit.
+
+    Args:
+        path (`Path`): The file, which is read without running code (`weights_only`).
+        user_model ([`UserModel`]): That of the checkpoint, before the removal.
+        rows (`list[int]`): The rows of the removed users, 1 to `num_users`.
+
+    Raises:
+        `ValueError`: if it cannot be told which of its states are the users'.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    num_rows = user_model.config.num_users + 1
+    kept = torch.tensor([row for row in range(num_rows) if row not in set(rows)])
+    for number in _states_of_tables(path, state, user_model):
+        for name, value in state["state"].get(number, {}).items():
+            if name.startswith(BLOCKS):
+                raise ValueError(_cannot(path, f"`{name}` is of blocks, which are not the rows"))
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == num_rows:
+                state["state"][number][name] = value[kept].clone()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _states_of_tables(path: Path, state: dict[str, Any], user_model: UserModel) -> set[int]:
+    """Numbers of the parameters with a row per user. The user model's are the last, in one of two orders."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    tables = {f"{name}.weight" for name in user_model.row_tables()}
+    named = dict(user_model.named_parameters())
+    names = {id(parameter): name for name, parameter in named.items()}
+    unusual = 0.123456789  # a unit that no kind has by itself
+    orders = [
+        [names[id(parameter)] for group in user_groups(user_model, rate, unusual) for parameter in group["params"]]
+        for rate in (1.0, None)
+    ]
+    found = set()
+    for order in orders:
+        last = dict(zip(numbers[len(numbers) - len(order) :], order, strict=False))
+        fits = len(last) == len(order) and all(
+            _fits(state["state"].get(number, {}), named[name].shape) for number, name in last.items()
+        )
+        if fits:
+            found.add(
+                frozenset(number for number, name in last.items() if name in tables and number in state["state"])
+            )
+    if len(found) != 1:
+        raise ValueError(_cannot(path, "its states are not those of this user model"))
+    return set(found.pop())
+
+
+def _fits(state: dict[str, Any], shape: torch.Size) -> bool:
+    """Whether the moments of a parameter have its shape, or (Adafactor) that of its rows and columns."""
+    allowed = {shape, shape[:-1], torch.Size([*shape[:-2], *shape[-1:]])}
+    return all(
+        value.shape in allowed
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.ndim and not name.startswith(BLOCKS)
+    )
+
+
+def _cannot(path: Path, why: str) -> str:
+    return (
+        f"The rows of users in {path} cannot be told from others: {why}. Delete the checkpoint, then remove the users."
+    )
