@@ -27,7 +27,7 @@ def run_users(arguments: Namespace) -> None:
         )
     if arguments.users_command != "remove" and Journal(Path(arguments.model)).is_committed:
         raise ValueError(
-            f"A removal of users from {arguments.model} was interrupted. Run it again: `trl-personal users remove` finishes it."
+            f"A removal of users from {arguments.model} was interrupted. Run it again: `trl-personal users remove` goes on."
         )
     USERS_COMMANDS[arguments.users_command](arguments)
 
