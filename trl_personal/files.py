@@ -91,8 +91,8 @@ def beside(folder: str | Path, ending: str) -> Path:
     hub, `owner/name`, it is in the working directory.
 
     ```python
-    >>> beside("runs/out", "-evaluation").as_posix(), beside("owner/name", "-evaluation").as_posix()
-    ('runs/out-evaluation', 'name-evaluation')
+    >>> beside("/runs/out/", "-evaluation").as_posix(), beside("owner/name", "-evaluation").as_posix()
+    ('/runs/out-evaluation', 'name-evaluation')
     ```
     """
     path = Path(folder)

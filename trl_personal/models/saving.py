@@ -156,7 +156,7 @@ def remember_saved(model: nn.Module, config: Mapping[str, Any]) -> None:
     names = (LM_FILES_ENTRY, BASE_FILES_ENTRY)
     files = {name: dict(config[name]) for name in names if config.get(name)}
     causal_lm = get_base_model(model)
-    causal_lm._saved_language_model = (files, _sample_of_weights(causal_lm))
+    causal_lm.saved_language_model = (files, _sample_of_weights(causal_lm))
 
 
 def saved_language_model(causal_lm: Any) -> dict[str, dict[str, str]]:
@@ -166,7 +166,7 @@ def saved_language_model(causal_lm: Any) -> dict[str, dict[str, str]]:
     Raises:
         `ValueError`: if there are none of its present weights: it was not loaded from a folder, or trained or cast since.
     """
-    files, sample = getattr(causal_lm, "_saved_language_model", ({}, ""))
+    files, sample = getattr(causal_lm, "saved_language_model", ({}, ""))
     if not files or sample != _sample_of_weights(causal_lm):
         raise ValueError(
             "Rows of users belong to the shared parts that they were fitted beside, and nothing says which those are: the "
