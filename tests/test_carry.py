@@ -326,7 +326,7 @@ def test_list_says_who_came_when_and_how_far_from_the_generic_user(saved, capsys
     ("argv", "code", "message"),
     [
         (["users"], 2, "the following arguments are required: COMMAND"),
-        (["users", "lits", "out"], 2, "invalid choice: 'lits'"),
+        (["users", "show", "out"], 2, "invalid choice: 'show'"),
         (["users", "export", "out", "ann"], 2, "required: -o/--output"),
         (["users", "remove", "out", "ann", "--checkpoint"], 2, "Did you mean --checkpoints?"),
         (["users", "list", "nowhere"], 1, "trl-personal users list: error: There is no folder nowhere."),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,8 @@ from conftest import KINDS, LORA_TARGETS, WORDS
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_carry import make_user_model
+from transformers.optimization import Adafactor
 
 from trl_personal import AutoPersonalizedModelForCausalLM, PersonalizedDPOConfig, PersonalizedDPOTrainer, UserVocab
 from trl_personal.cli import main
@@ -25,7 +28,9 @@ from trl_personal.removal import folder as removal_of_folder
 from trl_personal.removal import remove_from_folder, verify_certificate
 from trl_personal.removal.files import cleaned
 from trl_personal.removal.journal import JOURNAL_FOLDER
+from trl_personal.removal.optimizer import optimizer_without_rows
 from trl_personal.removal.traces import Traces
+from trl_personal.training.optimizer import user_groups
 from trl_personal.training.run_folder import only_run_in
 
 
@@ -409,3 +414,84 @@ def test_a_run_in_the_folder_keeps_its_users(runs, tmp_path):
     folder = runs("individual", "gptj", False, tmp_path / "out")
     with only_run_in(folder), pytest.raises(RuntimeError, match="Another run is training"):
         remove_from_folder(folder, [LEAVER])
+
+
+# --- Parts of it ----------------------------------------------------------------------------------------------------------
+
+
+def optimizer_state(path, user_model, make_optimizer, by_unit):
+    """A state as a run leaves it: a layer of the language model first, then the users."""
+    layer = torch.nn.Linear(4, 4)
+    groups = [{"params": list(layer.parameters())}, *user_groups(user_model, None if by_unit else 0.1, 0.3)]
+    optimizer = make_optimizer(groups)
+    torch.manual_seed(0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), path)
+    return optimizer
+
+
+@pytest.mark.parametrize("by_unit", [False, True], ids=["one rate", "rates by unit"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_of_a_user_are_found_whatever_the_order_of_parameters(tmp_path, kind, by_unit):
+    user_model = make_user_model(kind, num_users=4)
+    path = tmp_path / "optimizer.pt"
+    optimizer = optimizer_state(path, user_model, lambda groups: torch.optim.Adam(groups, lr=0.1), by_unit)
+    before = optimizer.state_dict()["state"]
+    after = optimizer_without_rows(path, user_model, [2, 4])["state"]
+    numbers = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    tables = {numbers[id(table.weight)] for table in user_model.row_tables().values()}
+    for number, state in before.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected = state[name][[0, 1, 3]] if number in tables else state[name]
+            assert torch.equal(after[number][name], expected)
+
+
+def test_factored_moments_lose_the_row_and_keep_the_columns(tmp_path):
+    user_model, path = make_user_model("individual", num_users=4), tmp_path / "optimizer.pt"
+    make = partial(Adafactor, lr=0.1, relative_step=False, scale_parameter=False)
+    before = optimizer_state(path, user_model, make, False).state_dict()["state"][3]
+    after = optimizer_without_rows(path, user_model, [3])["state"][3]
+    assert torch.equal(after["exp_avg_sq_row"], before["exp_avg_sq_row"][[0, 1, 2, 4]])
+    assert torch.equal(after["exp_avg_sq_col"], before["exp_avg_sq_col"])
+
+
+def test_moments_of_another_user_model_are_refused(tmp_path):
+    path = tmp_path / "optimizer.pt"
+    optimizer_state(path, make_user_model("individual", num_users=3), partial(torch.optim.Adam, lr=0.1), False)
+    with pytest.raises(ValueError, match="its states are not those of this user model. Delete the checkpoint"):
+        optimizer_without_rows(path, make_user_model("individual", num_users=4), [1])
+
+
+def test_without_moments_there_is_nothing_to_take_out(tmp_path):
+    user_model, path = make_user_model("cluster", num_users=4), tmp_path / "optimizer.pt"
+    optimizer = optimizer_state(path, user_model, partial(torch.optim.SGD, lr=0.1), True)
+    assert optimizer_without_rows(path, user_model, [1]) == optimizer.state_dict()
+
+
+def test_links_into_the_users_are_refused_and_others_are_told(runs, tmp_path):
+    folder = runs("individual", "gptj", False, tmp_path / "out")
+    (tmp_path / "elsewhere.txt").write_text(LEAVER)
+    (folder / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (folder / ".git").mkdir()
+    (folder / "old.zst").write_bytes(b"?")
+    users = folder / "user_model" / "users.json"
+    users.rename(tmp_path / "users.json")
+    users.symlink_to(tmp_path / "users.json")
+    with pytest.raises(ValueError, match="users.json .a link: what it points to would stay"):
+        remove_from_folder(folder, [LEAVER], checkpoints=True)
+    users.unlink()
+    (tmp_path / "users.json").rename(users)
+    left = remove_from_folder(folder, [LEAVER], checkpoints=True).certificate["left"]
+    assert "1 links were not followed." in left
+    assert "1 version histories (`.git`) keep earlier files, which were not searched." in left
+    assert "1 files could not be opened, and were searched by their bytes only." in left
+
+
+def test_two_certificates_of_one_second_are_two_files(runs, tmp_path):
+    folder = runs("individual", "gptj", False, tmp_path / "out")
+    paths = {remove_from_folder(folder, [user_id], checkpoints=True).path for user_id in ("ann", "bo")}
+    assert len(paths) == 2
+    assert all(path.is_file() and path.parent == tmp_path for path in paths)

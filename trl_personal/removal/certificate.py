@@ -17,8 +17,8 @@ ABOUT = (
     "What `trl-personal users remove` did to a folder. Users are named by the SHA-256 of a random salt and their id; the salt "
     "is not in this file. Hashes of files that are unchanged or new are their SHA-256; those of files that were changed or "
     "deleted begin with the salt, as the hash of a list of users would let others guess who was in it. `digest` is the "
-    "SHA-256 of everything else in this file. There is no signature: whoever can write the file can write another digest, so keep the "
-    "digest that was printed elsewhere."
+    "SHA-256 of everything else in this file. There is no signature: whoever can write the file can write another digest, so "
+    "keep the digest that was printed elsewhere."
 )
 CANNOT_UNDO = {
     "trained": "was part of the shared training: the language model, the shared weights of the user model, the generic user "

@@ -121,15 +121,16 @@ def _cleaned_packed(name: str, suffix: str, data: Any, traces: Traces) -> Cleane
 def _cleaned_zip(data: Any, traces: Traces) -> Cleaned:
     """A zip: each file in it. Those of torch are pickles, which are searched and never rewritten here."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = [(info, archive.read(info)) for info in archive.infolist()]
+        with zipfile.ZipFile(_Reader(data)) as archive:
+            infos = archive.infolist()
+            if any(PurePath(info.filename).name == "data.pkl" for info in infos):
+                found = traces.in_bytes(data) or any(traces.in_bytes(archive.read(info)) for info in infos)
+                return Cleaned("refused" if found else "unchanged", "zip: bytes")
+            members = [(info, archive.read(info)) for info in infos]
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:  # cut off, encrypted
         return Cleaned(
             "refused" if traces.in_bytes(data) else "unchanged", f"bytes; could not be opened ({type(error).__name__})"
         )
-    if any(PurePath(info.filename).name == "data.pkl" for info, _ in members):
-        found = any(traces.in_bytes(content) for _, content in members) or traces.in_bytes(data)
-        return Cleaned("refused" if found else "unchanged", "zip: bytes")
     results = [(info, content, cleaned(info.filename, content, traces)) for info, content in members]
     actions = {result.action for *_, result in results}
     if "refused" in actions or any(traces.in_text(info.filename) for info, _ in members):
@@ -142,6 +143,30 @@ def _cleaned_zip(data: Any, traces: Traces) -> Cleaned:
             if result.action != "deleted":
                 archive.writestr(info, content if result.data is None else result.data)
     return Cleaned("rewritten", "zip", buffer.getvalue())
+
+
+class _Reader(io.RawIOBase):
+    """`bytes` or an `mmap` as a file, of which no copy is made: an optimizer's state is large."""
+
+    def __init__(self, data: Any) -> None:
+        self._data, self._position = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._data[self._position : self._position + len(buffer)]
+        buffer[: len(block)] = block
+        self._position += len(block)
+        return len(block)
 
 
 def _in_parts(data: Any, traces: Traces) -> bool:

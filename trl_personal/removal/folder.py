@@ -1,15 +1,20 @@
 """Takes users out of a model's folder: their rows, optimizer moments, ids, and every trace in any file of it."""
 
+import itertools
 import logging
 import mmap
+import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
+
+import torch
 
 from ..files import beside, read_json, write_atomically
 from ..models.carry import read_rows
@@ -35,6 +40,8 @@ from .journal import JOURNAL_FOLDER, Journal
 from .optimizer import OPTIMIZER_FILE, SHARDED, optimizer_without_rows
 from .traces import LONG, USER_COLUMNS, Traces, masked
 
+
+STANDARD_NAME = re.compile(r"user_model|checkpoint-\d+|(adapter_)?model.*|tokenizer.*|vanilla|warmed_up|cache")
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +106,7 @@ def remove_from_folder(
         journal.start()
         try:
             note = _Plan(folder, users, ids, checkpoints, list(also)).prepare(journal)
-            path = (
-                Path(certificate)
-                if certificate
-                else beside(folder, f"-removed-{datetime.now(UTC):%Y%m%dT%H%M%S}.json")
-            )
+            path = Path(certificate) if certificate else _new_certificate(folder)
             journal.commit(note | {"certificate": str(path.absolute())})
         except BaseException:
             journal.close()
@@ -117,6 +120,13 @@ def _as_list(user_ids: Iterable[str | int]) -> list[str | int]:
     return list(user_ids)
 
 
+def _new_certificate(folder: Path) -> Path:
+    """A file beside the folder that there is not yet, with the time in its name."""
+    name = f"-removed-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(path for ending in endings if not (path := beside(folder, f"{name}{ending}.json")).exists())
+
+
 def _is_about(removal: Removal, ids: list[str]) -> bool:
     named = {user["sha256_of_salt_and_id"] for user in removal.certificate["users"]}
     return named == {salted_hash(removal.salt, user_id.encode()) for user_id in ids}
@@ -126,17 +136,17 @@ def _finish(journal: Journal, finished: bool = True) -> Removal:
     """Put the changes in place, hash what is there now, write the certificate, and forget the removal."""
     note = journal.apply()
     for entry in note["files"]:
-        path = Path(entry.pop("place"))
+        path = journal.model / entry.pop("place")
         if path.is_file():
             entry["sha256_after"] = file_hash(path)
     for place in sorted(note["new"]):  # files that were not there before
-        if Path(place).is_file():
+        if (journal.model / place).is_file():
             note["files"].append(
                 {"path": note["new"][place], "searched": "written", "action": "new", "sha256_before": None}
-                | {"sha256_after": file_hash(Path(place))}
+                | {"sha256_after": file_hash(journal.model / place)}
             )
     for place in note["emptied"]:
-        parent = Path(place)
+        parent = journal.model / place
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
     content = make_certificate(note["users"], note["counts"], note["files"], note["left"])
@@ -161,6 +171,7 @@ class _Plan:
         self.checkpoints = checkpoints
         self.salt = secrets.token_hex(16)
         self.planned: dict[Path, Cleaned] = {}
+        self.states: dict[Path, dict[str, Any]] = {}  # of optimizers, without the users
         self.refused: list[str] = []
         self.left: list[str] = []
 
@@ -174,6 +185,7 @@ class _Plan:
                 if path not in self.planned and path.name != ".training.lock":
                     self.planned[path] = self._plan_file(path)
         self._plan_pictures()
+        self._tell_what_was_not_opened()
         if self.refused:
             raise ValueError(
                 f"These files name a user and cannot be rewritten: {', '.join(sorted(self.refused)[:5])}. Delete them or move "
@@ -218,16 +230,17 @@ class _Plan:
         optimizer = model / OPTIMIZER_FILE
         if optimizer.is_file():
             state = optimizer_without_rows(optimizer, users.user_model, users.rows_of(ids))
-            self.planned[optimizer] = Cleaned("rewritten", "optimizer state", state)
+            self.planned[optimizer] = Cleaned("rewritten", "optimizer state")
+            self.states[optimizer] = state
 
     def _plan_file(self, path: Path) -> Cleaned:
-        if path.is_symlink():
-            return Cleaned("unchanged", "link")
         name = path.relative_to(next(root for root in self.roots.values() if path.is_relative_to(root))).as_posix()
         if path.suffix == ".safetensors" and (exported := self._plan_export(path)) is not None:
             return exported
-        if self.traces.in_text(name) and path.name not in KEPT_FILES:
-            return Cleaned("deleted", "name of the file")
+        named = [part for part in PurePath(name).parts if self.traces.in_text(part)]
+        if named:
+            is_of_a_model = any(part in KEPT_FILES or STANDARD_NAME.fullmatch(part) for part in named)
+            return Cleaned("left" if is_of_a_model else "deleted", "name of the file")
         with _content(path) as data:
             found = cleaned(path.name, data, self.traces)
         if found.action == "refused":
@@ -259,6 +272,21 @@ class _Plan:
             if path.suffix.lower() in PICTURES and path.parent in named:
                 self.planned[path] = Cleaned("deleted", "a picture beside files that name the user")
 
+    def _tell_what_was_not_opened(self) -> None:
+        """Links, version histories and formats that nothing here reads: named in the certificate, by their number."""
+        links = [path for root in self.roots.values() for path in root.rglob("*") if path.is_symlink()]
+        of_users = [path for path in links if USER_MODEL_FOLDER in path.parts or path.name == OPTIMIZER_FILE]
+        self.refused += [f"{path} (a link: what it points to would stay)" for path in of_users]
+        closed = sum("opened" in found.how for found in self.planned.values())
+        histories = sum(path.is_dir() for root in self.roots.values() for path in root.rglob(".git"))
+        for number, what in (
+            (len(links), "links were not followed."),
+            (closed, "files could not be opened, and were searched by their bytes only."),
+            (histories, "version histories (`.git`) keep earlier files, which were not searched."),
+        ):
+            if number:
+                self.left.append(f"{number} {what}")
+
     def _write(self, journal: Journal) -> dict[str, Any]:
         files, new = [], {}
         for name, root in self.roots.items():
@@ -267,18 +295,20 @@ class _Plan:
                     continue
                 label = masked(path_in_certificate(name, root, path), self.ids)
                 if not path.exists():
-                    new[str(path.absolute())] = label
+                    new[journal.place(path)] = label
                     continue
                 changed = found.action in ("rewritten", "deleted")
                 files.append(
                     {"path": label, "searched": found.how, "action": found.action}
                     | {"sha256_before": file_hash(path, self.salt if changed else ""), "sha256_after": None}
-                    | {"place": str(path.absolute())}
+                    | {"place": journal.place(path)}
                 )
                 if found.action == "left":
                     self.left.append(f"The text of an id stands in {label}, perhaps as another word. Look there.")
         for path, found in self.planned.items():
-            if found.action == "rewritten" and found.data is not None:
+            if path in self.states:
+                journal.write(path, partial(torch.save, self.states[path]))
+            elif found.action == "rewritten" and found.data is not None:
                 journal.write(path, found.data)
             elif found.action == "deleted":
                 journal.delete(path)
@@ -303,7 +333,7 @@ class _Plan:
             "new": new,
             "left": self.left,
             "salt": self.salt,
-            "emptied": [str(path.absolute()) for path in sorted(emptied, key=lambda path: -len(path.parts))],
+            "emptied": [journal.place(path) for path in sorted(emptied, key=lambda path: -len(path.parts))],
         }
 
 

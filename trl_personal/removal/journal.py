@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_atomically
+from ..files import read_json, replaced_file, write_atomically
 
 
 JOURNAL_FOLDER = ".removing-users"  # in the model's folder, while users are removed
@@ -25,6 +25,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.model = folder
         self.folder = folder / JOURNAL_FOLDER
         self._changes: list[tuple[str, str | None]] = []
 
@@ -38,15 +39,23 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
 
-    def write(self, path: Path, content: bytes) -> None:
-        """Let a file have another content."""
+    def place(self, path: Path) -> str:
+        """A path as it is listed: relative to the model's folder, which may be moved before a removal is finished."""
+        return os.path.relpath(path, self.model)
+
+    def write(self, path: Path, content: bytes | Callable[[Path], None]) -> None:
+        """Let a file have another content: its bytes, or what a function writes to the path that it is given."""
         name = str(len(self._changes))
-        write_atomically(self.folder / name, content)
-        self._changes.append((str(path.absolute()), name))
+        with replaced_file(self.folder / name) as temporary:
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content)
+        self._changes.append((self.place(path), name))
 
     def delete(self, path: Path) -> None:
         """Let a file be gone."""
-        self._changes.append((str(path.absolute()), None))
+        self._changes.append((self.place(path), None))
 
     def commit(self, note: dict[str, Any]) -> None:
         """List the changes: from here on the removal will be done. `note` is kept for who finishes it."""
@@ -58,7 +67,7 @@ class Journal:
         content = read_json(self.folder / LIST_FILE)
         changes: Sequence[tuple[str, str | None]] = content["changes"]
         for name, source in changes:
-            path = Path(name)
+            path = self.model / name
             if source is None:
                 path.unlink(missing_ok=True)
                 continue

@@ -1,6 +1,5 @@
 """The state of an optimizer in a checkpoint, without the rows of removed users."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,19 @@ SHARDED = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")  # what DeepSpe
 BLOCKS = ("absmax", "qmap", "gnorm_vec")  # of 8-bit states, whose blocks are not the rows
 
 
-def optimizer_without_rows(path: Path, user_model: UserModel, rows: Sequence[int]) -> bytes:
+def optimizer_without_rows(path: Path, user_model: UserModel, rows: Sequence[int]) -> dict[str, Any]:
     """
-    An `optimizer.pt` without the moments of some users: other rows move up and stay the same to the last bit.
+    The state in an `optimizer.pt`, without the moments of some users: other rows move up and stay the same to the last bit.
 
     Args:
-        path (`Path`): The file, which is read without running code (`weights_only`).
+        path (`Path`): The file, which is read without running code (`weights_only`), as its numbers are needed.
         user_model ([`UserModel`]): That of the checkpoint, before the removal.
         rows (`list[int]`): The rows of the removed users, 1 to `num_users`.
 
     Raises:
         `ValueError`: if it cannot be told which of its states are the users'.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     num_rows = user_model.config.num_users + 1
     kept = torch.tensor([row for row in range(num_rows) if row not in set(rows)])
     for number in _states_of_tables(path, state, user_model):
@@ -38,9 +37,7 @@ def optimizer_without_rows(path: Path, user_model: UserModel, rows: Sequence[int
                 raise ValueError(_cannot(path, f"`{name}` is of blocks, which are not the rows"))
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == num_rows:
                 state["state"][number][name] = value[kept].clone()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+    return state
 
 
 def _states_of_tables(path: Path, state: dict[str, Any], user_model: UserModel) -> set[int]:
