@@ -770,8 +770,8 @@ MUTATIONS = [
     Mutation(
         "position of the soft prompt not loaded",
         "models/loading.py",
-        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)',
-        "attach_user_model(model, user_model, user_vocab, None, template)",
+        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template, joined)',
+        "attach_user_model(model, user_model, user_vocab, None, template, joined)",
         ("checkpoints",),
     ),
     Mutation(

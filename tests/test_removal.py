@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import html
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import zipfile
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import datasets
 import pyarrow.parquet as pq
@@ -265,6 +267,17 @@ def test_everything_that_may_lie_in_a_folder_is_searched(runs, model_dirs, tmp_p
     assert actions["model/[removed].txt"] == "deleted"
     assert actions["model/adapter_model.safetensors"] == "unchanged"
     verify_certificate(removal.path, folder)
+
+
+@pytest.mark.parametrize(
+    "written", [json.dumps, lambda text: json.dumps(text).replace("/", "\\/"), html.escape, quote, repr]
+)
+def test_an_id_is_found_however_text_writes_it(written):
+    user_id = "ann/'é\"<b>&c"
+    traces = Traces([user_id], [user_id])
+    text = f"x {written(user_id)} y"
+    assert traces.in_bytes(text.encode())
+    assert traces.without_text(text).replace('"', "").replace("'", "") == "x [removed] y"
 
 
 def test_a_short_id_is_taken_out_where_users_are_named_and_left_where_it_is_a_word():

@@ -140,6 +140,7 @@ def text_forms_of(user_id: str) -> set[bytes]:
     """An id as it may stand in UTF-8 text: plain, in JSON, in HTML, in an address, in Python."""
     texts = {
         *(user_id, json.dumps(user_id)[1:-1], json.dumps(user_id, ensure_ascii=False)[1:-1]),
+        json.dumps(user_id)[1:-1].replace("/", "\\/"),  # as pandas does
         *(html.escape(user_id), quote(user_id), quote(user_id, safe=""), repr(user_id)[1:-1]),
     }
     return {text.encode("utf-8", "surrogatepass") for text in texts}
