@@ -81,7 +81,7 @@ MUTATIONS = [
     Mutation(
         "a model that was trained since keeps its fingerprints",
         "models/saving.py",
-        "if not files or sample != _sample_of_weights(causal_lm):",
+        "if not files or not sample or sample != _sample_of_weights(causal_lm):",
         "if not files:",
         ("carry",),
     ),

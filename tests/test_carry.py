@@ -19,6 +19,7 @@ from trl_personal.cli import main
 from trl_personal.cli.users import USERS_COMMANDS
 from trl_personal.cli.users_arguments import USERS_PARSERS
 from trl_personal.models.carry import METADATA, SharedParts, read_rows
+from trl_personal.models.folder_users import load_known_users, write_known_users
 from trl_personal.models.known_users import KnownUsers, joined_users, known_users, mark_joined
 from trl_personal.user_models import get_user_model_class
 
@@ -164,6 +165,22 @@ def test_users_who_joined_are_marked_as_long_as_they_are_there(saved, tmp_path):
     attach_user_model(model, make_user_model("individual"), UserVocab(["ann", "bo", "cy"]))
     model.save_pretrained(saved)
     assert not path.exists()
+    assert hashes(saved) == before
+
+
+def test_users_written_into_a_folder_and_taken_out_again_leave_it_as_it_was(saved):
+    before = hashes(saved)
+    users, config = load_known_users(saved)
+    rows = {name: torch.full((2, table.shape[1]), 0.5) for name, table in users.user_model.get_rows([1, 2]).items()}
+    write_known_users(saved, users.added({"eve": {"num_pairs": 3}, "fay": {}}, rows), config)
+    users, config = load_known_users(saved)
+    assert users.joined == {"eve": {"num_pairs": 3}, "fay": {}}
+    assert users.user_model.get_rows([4, 5])["user_offsets"].eq(0.5).all()
+    assert {name for name, value in hashes(saved).items() if before.get(name) != value} == {
+        f"user_model/{name}"
+        for name in ("users.json", "joined_users.json", "user_model.safetensors", "user_model_config.json")
+    }
+    write_known_users(saved, users.removed(["fay", "eve"]), config)
     assert hashes(saved) == before
 
 

@@ -415,6 +415,28 @@ def test_who_joined_later_is_told_from_who_was_trained(runs, tmp_path):
     assert removal.certificate["num_users_after"] == 2
 
 
+def test_an_id_that_is_a_part_of_other_names_does_no_harm(runs, tmp_path):
+    folder = runs("individual", "gptj", False, tmp_path / "out")
+    for name in ("2", "model", "user_model"):  # as in checkpoint-2, model.safetensors, user_model/
+        before = hashes(folder)
+        assert main(["users", "copy", str(folder), "bo", name]) == 0
+        removal = remove_from_folder(folder, [name])
+        assert hashes(folder) == before
+        verify_certificate(removal.path, folder)
+
+
+def test_what_a_killed_save_has_left_goes_too(runs, tmp_path):
+    folder = runs("individual", "gptj", False, tmp_path / "out")
+    staging = folder / "checkpoint-1" / ".saving-abc"
+    shutil.copytree(folder / "user_model", staging / "user_model")
+    (staging / ".writing").write_text("")
+    os.utime(staging, (0, 0))
+    shutil.copy(folder / "user_model" / "user_model.safetensors", folder / ".user_model.safetensors.4711.tmp")
+    remove_from_folder(folder, [LEAVER], checkpoints=True)
+    assert not staging.exists()
+    assert not (folder / ".user_model.safetensors.4711.tmp").exists()
+
+
 def test_all_users_may_leave(runs, tmp_path):
     folder = runs("cluster", "llama", True, tmp_path / "out")
     remove_from_folder(folder, USERS, checkpoints=True)
@@ -425,8 +447,11 @@ def test_all_users_may_leave(runs, tmp_path):
 
 def test_a_run_in_the_folder_keeps_its_users(runs, tmp_path):
     folder = runs("individual", "gptj", False, tmp_path / "out")
-    with only_run_in(folder), pytest.raises(RuntimeError, match="Another run is training"):
-        remove_from_folder(folder, [LEAVER])
+    with only_run_in(folder):
+        with pytest.raises(RuntimeError, match="Another run is training"):
+            remove_from_folder(folder, [LEAVER])
+        assert main(["users", "rename", str(folder), "ann", "eve"]) == 1
+    assert main(["users", "rename", str(folder), "ann", "eve"]) == 0
 
 
 # --- Parts of it ----------------------------------------------------------------------------------------------------------

@@ -55,8 +55,7 @@ def staged_folder(target: Path, last: str) -> Iterator[Path]:
     that is still writing.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for folder in target.glob(f"{STAGING_PREFIX}*"):
-        _remove_if_left(folder)
+    remove_left_folders(target)
     staging = Path(mkdtemp(prefix=STAGING_PREFIX, dir=target))
     lock = FileLock(staging / STAGING_LOCK)
     lock.acquire()
@@ -70,6 +69,12 @@ def staged_folder(target: Path, last: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         lock.release()
+
+
+def remove_left_folders(target: Path) -> None:
+    """Remove the folders of [`staged_folder`] that killed processes have left in `target`."""
+    for folder in target.glob(f"{STAGING_PREFIX}*"):
+        _remove_if_left(folder)
 
 
 def _remove_if_left(folder: Path) -> None:

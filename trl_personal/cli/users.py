@@ -16,6 +16,7 @@ from ..models.known_users import KnownUsers
 from ..removal import remove_from_folder, verify_certificate
 from ..removal.journal import Journal
 from ..terminal import json_line, print_whole, printable
+from ..training.run_folder import only_run_in
 
 
 def run_users(arguments: Namespace) -> None:
@@ -65,9 +66,11 @@ def run_copy(arguments: Namespace) -> None:
 
 
 def _change(arguments: Namespace, change: Callable[[KnownUsers], KnownUsers]) -> None:
-    users, config = load_known_users(Path(arguments.model))
-    changed = change(users)
-    write_known_users(Path(arguments.model), changed, config)
+    folder = Path(arguments.model)
+    with only_run_in(folder):  # a training would write its own users over these
+        users, config = load_known_users(folder)
+        changed = change(users)
+        write_known_users(folder, changed, config)
     sys.stdout.write(f"{arguments.model} has {len(changed.user_vocab)} users.\n")
 
 
@@ -83,11 +86,12 @@ def run_export(arguments: Namespace) -> None:
 def run_import(arguments: Namespace) -> None:
     """Add the users of an exported file."""
     folder = Path(arguments.model)
-    users, config = load_known_users(folder)
-    check_fingerprints(folder, config)
-    shared = SharedParts.of(users.user_model, config)
-    changed, imported = import_rows(users, shared, arguments.file, arguments.new_id, arguments.overwrite)
-    write_known_users(folder, changed, config)
+    with only_run_in(folder):
+        users, config = load_known_users(folder)
+        check_fingerprints(folder, config)
+        shared = SharedParts.of(users.user_model, config)
+        changed, imported = import_rows(users, shared, arguments.file, arguments.new_id, arguments.overwrite)
+        write_known_users(folder, changed, config)
     sys.stdout.write(f"{len(imported)} users were imported; {arguments.model} has {len(changed.user_vocab)}.\n")
 
 

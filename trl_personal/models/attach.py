@@ -45,6 +45,7 @@ def attach_user_model(
     - `model(input_ids, attention_mask, user_indices=...)` conditions each row on a user; without `user_indices` it is the
       plain model, bit for bit. `soft_prompts=...` `(batch, T, token_dim)` takes the place of `user_indices`.
     - `model.generate(..., user_ids=...)`, `model.save_pretrained(...)` and `model.push_to_hub(...)` know the users.
+    - `model.rename_users`, `copy_users`, `export_users`, `import_users` and `remove_users` let users come and go.
     - `model.user_model` is a submodule of the causal LM, `model.user_vocab` lists the users.
 
     The object keeps its type: its class becomes a subclass, of the same name, of the class it had.

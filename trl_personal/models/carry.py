@@ -173,9 +173,9 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = json.loads(metadata.get(METADATA, "{}"))
+            content = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            names = file.keys() if content else ()  # those of a language model are large
+            rows = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). The file is cut off, or is not safetensors.") from error
     version = content.get("format_version") if isinstance(content, dict) else None

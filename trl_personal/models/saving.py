@@ -167,7 +167,7 @@ def saved_language_model(causal_lm: Any) -> dict[str, dict[str, str]]:
         `ValueError`: if there are none of its present weights: it was not loaded from a folder, or trained or cast since.
     """
     files, sample = getattr(causal_lm, "saved_language_model", ({}, ""))
-    if not files or sample != _sample_of_weights(causal_lm):
+    if not files or not sample or sample != _sample_of_weights(causal_lm):
         raise ValueError(
             "Rows of users belong to the shared parts that they were fitted beside, and nothing says which those are: the "
             "language model has no files yet, or was trained or cast since. Save it with `model.save_pretrained(folder)`."
@@ -177,11 +177,15 @@ def saved_language_model(causal_lm: Any) -> dict[str, dict[str, str]]:
 
 @torch.no_grad()
 def _sample_of_weights(causal_lm: Any) -> str:
-    """SHA-256 of numbers spread over the weights that can be trained, without users: a step of training moves some of them."""
+    """
+    SHA-256 of numbers spread over the weights that can be trained, without users: a step of training moves some of them. Empty
+    where FSDP2 has sharded them: what one process has tells nothing of the whole.
+    """
     digest = hashlib.sha256()
     for name, parameter in causal_lm.named_parameters():
-        is_there = not (parameter.is_meta or isinstance(parameter, DTensor))
-        if is_there and parameter.is_floating_point() and not name.startswith("user_model."):
+        if isinstance(parameter, DTensor):
+            return ""
+        if parameter.is_floating_point() and not parameter.is_meta and not name.startswith("user_model."):
             numbers = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED_NUMBERS)]
             digest.update(name.encode() + str(parameter.dtype).encode() + numbers.float().cpu().numpy().tobytes())
     return digest.hexdigest()

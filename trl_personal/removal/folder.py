@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..files import beside, read_json, write_atomically
+from ..files import STAGING_PREFIX, beside, read_json, remove_left_folders, write_atomically
 from ..models.carry import read_rows
 from ..models.folder_users import load_known_users, write_user_files
 from ..models.known_users import KnownUsers
@@ -41,6 +41,9 @@ from .optimizer import OPTIMIZER_FILE, SHARDED, optimizer_without_rows
 from .traces import LONG, USER_COLUMNS, Traces, masked
 
 
+LEFT_FILE = re.compile(
+    r"\..+\.\d+\.tmp|.+\.removing\.tmp"
+)  # as `files.replaced_file` and a removal name what they write
 STANDARD_NAME = re.compile(r"user_model|checkpoint-\d+|(adapter_)?model.*|tokenizer.*|vanilla|warmed_up|cache")
 
 logger = logging.getLogger(__name__)
@@ -177,6 +180,9 @@ class _Plan:
 
     def prepare(self, journal: Journal) -> dict[str, Any]:
         """Write to `journal` what is to be changed. Returns what the certificate needs."""
+        for root in filter(Path.is_dir, self.roots.values()):
+            for inside in {root, *(path.parent for path in root.rglob(f"{STAGING_PREFIX}*"))}:
+                remove_left_folders(inside)
         models = self._models_with_the_users()
         for model in models:
             self._plan_model(model)
@@ -234,6 +240,8 @@ class _Plan:
             self.states[optimizer] = state
 
     def _plan_file(self, path: Path) -> Cleaned:
+        if LEFT_FILE.fullmatch(path.name):
+            return Cleaned("deleted", "left by a killed process")
         name = path.relative_to(next(root for root in self.roots.values() if path.is_relative_to(root))).as_posix()
         if path.suffix == ".safetensors" and (exported := self._plan_export(path)) is not None:
             return exported
@@ -293,7 +301,9 @@ class _Plan:
             for path, found in self.planned.items():
                 if path != root and not path.is_relative_to(root):
                     continue
-                label = masked(path_in_certificate(name, root, path), self.ids)
+                label = path_in_certificate(name, root, path)
+                if found.action == "deleted":  # names of other files are in the folder as well
+                    label = masked(label, self.ids)
                 if not path.exists():
                     new[journal.place(path)] = label
                     continue
