@@ -72,9 +72,21 @@ def hashes(folder):
 # --- In memory and on disk ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["gptj", "llama"])
-@pytest.mark.parametrize("kind", KINDS)
+FAST = [
+    ("individual", "gptj", True),
+    ("cluster", "llama", False),
+    ("low_rank", "llama", True),
+    ("point", "gptj", False),
+]
+MATRIX = [
+    pytest.param(kind, family, lora, marks=[] if (kind, family, lora) in FAST else [pytest.mark.slow])
+    for kind in KINDS
+    for family in ("gptj", "llama")
+    for lora in (False, True)
+]
+
+
+@pytest.mark.parametrize(("kind", "family", "lora"), MATRIX)
 def test_who_is_carried_away_and_back_is_the_same_to_the_last_bit(model_dirs, tmp_path, kind, family, lora):
     folder = save_model(tmp_path / "out", model_dirs[family], kind, lora)
     model, before = load(folder), hashes(folder)

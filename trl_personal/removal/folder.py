@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePath
@@ -21,9 +21,10 @@ from ..models.carry import read_rows
 from ..models.folder_users import load_known_users, write_user_files
 from ..models.known_users import KnownUsers
 from ..models.saving import USER_MODEL_FOLDER
+from ..training.config import PersonalizedDPOConfig
 from ..training.run_folder import only_run_in
 from ..training.settings import SETTINGS_FILE
-from ..user_models.base import CONFIG_FILE
+from ..user_models.base import CONFIG_FILE, USER_MODELS, WEIGHTS_FILE
 from ..users import JOINED_FILE, as_user_id
 from .certificate import (
     as_json,
@@ -170,7 +171,7 @@ class _Plan:
         for path in also:
             if not Path(path).exists():
                 raise FileNotFoundError(f"There is no {path} to search.")
-        self.traces = Traces(ids, users.user_vocab, (*USER_COLUMNS, *_user_column(folder)))
+        self.traces = Traces(ids, users.user_vocab, (*USER_COLUMNS, *_user_column(folder)), words_of_models())
         self.checkpoints = checkpoints
         self.salt = secrets.token_hex(16)
         self.planned: dict[Path, Cleaned] = {}
@@ -322,10 +323,10 @@ class _Plan:
                 journal.write(path, found.data)
             elif found.action == "deleted":
                 journal.delete(path)
-        if any(len(user_id) < LONG for user_id in self.ids):
+        if not all(map(self.traces.is_long, self.ids)):
             self.left.append(
-                f"Ids of fewer than {LONG} characters were looked for where users are named (columns, lists and objects of "
-                "users); in other text they cannot be told from words."
+                f"Ids of fewer than {LONG} characters, or a part of a setting's name, were looked for where users are named "
+                "(columns, lists and objects of users); in other text they cannot be told from words."
             )
         pictures = sum(
             path.suffix.lower() in PICTURES and found.action == "unchanged" for path, found in self.planned.items()
@@ -355,6 +356,12 @@ def _content(path: Path) -> Any:
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
+
+
+def words_of_models() -> set[str]:
+    """Names that stand in the files of any trained model: settings, kinds of user models, files."""
+    settings = {field.name for field in fields(PersonalizedDPOConfig)}
+    return settings | set(USER_MODELS) | KEPT_FILES | {USER_MODEL_FOLDER, CONFIG_FILE, WEIGHTS_FILE, "validation"}
 
 
 def _user_column(folder: Path) -> list[str]:

@@ -25,6 +25,8 @@ class Traces:
         ids (`Collection[str]`): The ids of the users who are removed.
         known (`Collection[str]`): The ids of all users of the model: an object or list that names one of them names users.
         user_columns (`Collection[str]`): Names of columns with the id of a user.
+        words (`Collection[str]`): Names that stand in files of any model. An id that is a part of one is not looked for
+            anywhere, as a short one is not.
 
     ```python
     >>> traces = Traces(["ann", "0123456789abcdef"], ["ann", "bo", "0123456789abcdef"])
@@ -40,6 +42,7 @@ class Traces:
     ids: Collection[str]
     known: Collection[str]
     user_columns: Collection[str] = USER_COLUMNS
+    words: Collection[str] = ()
     forms: tuple[bytes, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,9 +54,11 @@ class Traces:
     @property
     def long(self) -> list[str]:
         """Ids that are looked for anywhere, longest first: one may be a part of another."""
-        return sorted(
-            (user_id for user_id in self.ids if len(user_id) >= LONG), key=lambda user_id: (-len(user_id), user_id)
-        )
+        return sorted(filter(self.is_long, self.ids), key=lambda user_id: (-len(user_id), user_id))
+
+    def is_long(self, user_id: str) -> bool:
+        """Whether an id can be told from other words wherever it stands."""
+        return len(user_id) >= LONG and not any(user_id in word for word in self.words)
 
     def in_bytes(self, data: Any) -> bool:
         """Whether a long id stands in `data` (`bytes` or `mmap`), in any of its [`forms_of`]."""
@@ -65,7 +70,7 @@ class Traces:
 
     def words_in(self, text: str) -> int:
         """How often a short id stands in a text as a word of its own, which may mean something else."""
-        words = [re.escape(user_id) for user_id in self.ids if len(user_id) < LONG]
+        words = [re.escape(user_id) for user_id in self.ids if not self.is_long(user_id)]
         return len(re.findall(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", text)) if words else 0
 
     def without_text(self, text: str) -> str:
@@ -90,7 +95,7 @@ class Traces:
         if isinstance(value, list):
             return self._without_entries(value)
         if isinstance(value, str):
-            if value in self.ids and len(value) >= LONG:
+            if value in self.ids and self.is_long(value):
                 return None
             return self.without_text(value) if self.in_text(value) else value
         return value
@@ -116,7 +121,7 @@ class Traces:
         left: dict[str, Any] = {}
         names_users = any(name in self.known for name in record)
         for name, value in record.items():
-            if (name in self.ids and (names_users or len(name) >= LONG)) or self.in_text(str(name)):
+            if (name in self.ids and (names_users or self.is_long(name))) or self.in_text(str(name)):
                 continue
             if name in USER_MAPS and isinstance(value, Mapping):
                 value = {other: entry for other, entry in value.items() if other not in self.ids}
@@ -128,7 +133,7 @@ class Traces:
         names_users = any(isinstance(entry, str) and entry in self.known for entry in entries)
         left = []
         for entry in entries:
-            if isinstance(entry, str) and entry in self.ids and (names_users or len(entry) >= LONG):
+            if isinstance(entry, str) and entry in self.ids and (names_users or self.is_long(entry)):
                 continue
             found = self.without(entry)
             if found is not NOTHING:
