@@ -65,6 +65,13 @@ MUTATIONS = [
         ("removal",),
     ),
     Mutation(
+        "moments that bitsandbytes keeps one level deeper stay",
+        "removal/optimizer.py",
+        "            yield from _tensors(value)",
+        "            continue",
+        ("removal",),
+    ),
+    Mutation(
         "rows go beside other shared weights",
         "models/carry.py",
         "if not found and self.user_model != other.user_model:",

@@ -36,6 +36,7 @@ from trl_personal.training.optimizer import user_groups
 from trl_personal.training.run_folder import only_run_in
 
 
+BNB_STATE = "__bnb_optimizer_quant_state__"
 LEAVER = 'zoé"71c9a0d4e8b3f2615a7d9c0e4b8f'  # 32 characters; JSON escapes two of them
 USERS = ["ann", LEAVER, "bo"]
 MATRIX = [
@@ -533,3 +534,17 @@ def test_two_certificates_of_one_second_are_two_files(runs, tmp_path):
     paths = {remove_from_folder(folder, [user_id], checkpoints=True).path for user_id in ("ann", "bo")}
     assert len(paths) == 2
     assert all(path.is_file() and path.parent == tmp_path for path in paths)
+
+
+@pytest.mark.parametrize("kind", ["individual", "cluster"])
+def test_moments_in_8_bits_keep_the_rows_of_users_in_32(model_dirs, tmp_path, kind):
+    """bitsandbytes keeps the states of an `nn.Embedding` by rows, and others in blocks."""
+    train(model_dirs["llama"], tmp_path / "out", kind, False, optim="adamw_bnb_8bit")
+    path = tmp_path / "out" / "checkpoint-2" / "optimizer.pt"
+    before = max(torch.load(path, weights_only=True)["state"].items())[1][BNB_STATE]  # the users' rows come last
+    assert len(before["state1"]) == len(before["state2"]) == len(USERS) + 1
+    remove_from_folder(tmp_path / "out", [LEAVER], checkpoints=True)
+    after = max(torch.load(path, weights_only=True)["state"].items())[1][BNB_STATE]
+    for name in ("state1", "state2"):
+        assert before[name][2].any()
+        assert torch.equal(after[name], before[name][[0, 1, 3]])

@@ -1,6 +1,6 @@
 """The state of an optimizer in a checkpoint, without the rows of removed users."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ def optimizer_without_rows(path: Path, user_model: UserModel, rows: Sequence[int
     num_rows = user_model.config.num_users + 1
     kept = torch.tensor([row for row in range(num_rows) if row not in set(rows)])
     for number in _states_of_tables(path, state, user_model):
-        for name, value in state["state"].get(number, {}).items():
-            if name.startswith(BLOCKS):
-                raise ValueError(_cannot(path, f"`{name}` is of blocks, which are not the rows"))
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == num_rows:
-                state["state"][number][name] = value[kept].clone()
+        moments = list(_tensors(state["state"].get(number, {})))
+        if any(name.startswith(BLOCKS) for _, name, _ in moments):
+            raise ValueError(_cannot(path, "they are of blocks, which are not the rows"))
+        for container, name, value in moments:
+            if value.shape[0] == num_rows:
+                container[name] = value[kept].clone()
     return state
 
 
@@ -69,11 +70,16 @@ def _states_of_tables(path: Path, state: dict[str, Any], user_model: UserModel) 
 def _fits(state: dict[str, Any], shape: torch.Size) -> bool:
     """Whether the moments of a parameter have its shape, or (Adafactor) that of its rows and columns."""
     allowed = {shape, shape[:-1], torch.Size([*shape[:-2], *shape[-1:]])}
-    return all(
-        value.shape in allowed
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.ndim and not name.startswith(BLOCKS)
-    )
+    return all(value.shape in allowed for _, name, value in _tensors(state) if not name.startswith(BLOCKS))
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """The tensors with rows in the state of a parameter, with where they are: bitsandbytes puts its own one level deeper."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor) and value.ndim:
+            yield state, name, value
 
 
 def _cannot(path: Path, why: str) -> str:
