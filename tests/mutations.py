@@ -49,6 +49,112 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = [
+    # --- Users come and go
+    Mutation(
+        "users behind a removed one swap rows",
+        "models/known_users.py",
+        "self.user_model.keep_rows(kept), vocab, joined",
+        "self.user_model.keep_rows(kept[::-1]), vocab, joined",
+        ("removal",),
+    ),
+    Mutation(
+        "moments of a removed user stay in the optimizer",
+        "removal/optimizer.py",
+        "value[kept].clone()",
+        "value[: len(kept)].clone()",
+        ("removal",),
+    ),
+    Mutation(
+        "moments that bitsandbytes keeps one level deeper stay",
+        "removal/optimizer.py",
+        "            yield from _tensors(value)",
+        "            continue",
+        ("removal",),
+    ),
+    Mutation(
+        "rows go beside other shared weights",
+        "models/carry.py",
+        "if not found and self.user_model != other.user_model:",
+        "if False:",
+        ("carry",),
+    ),
+    Mutation(
+        "rows go beside another language model",
+        "models/carry.py",
+        "if mine.get(name) != theirs.get(name)",
+        "if False",
+        ("carry",),
+    ),
+    Mutation(
+        "a model that was trained since keeps its fingerprints",
+        "models/saving.py",
+        "if not files or not sample or sample != _sample_of_weights(causal_lm):",
+        "if not files:",
+        ("carry",),
+    ),
+    Mutation(
+        "who was trained is forgotten by an export",
+        "models/carry.py",
+        '({"in_training": True} if users.origin(source) == "trained" else {})',
+        "{}",
+        ("carry",),
+    ),
+    Mutation(
+        "joined users are in no fingerprint",
+        "user_models/base.py",
+        "for name in (WEIGHTS_FILE, USERS_FILE, JOINED_FILE) if",
+        "for name in (WEIGHTS_FILE, USERS_FILE) if",
+        ("carry",),
+    ),
+    Mutation(
+        "a mark of joined users outlives them",
+        "models/folder_users.py",
+        "(folder / USER_MODEL_FOLDER / JOINED_FILE).unlink(missing_ok=True)",
+        "pass",
+        ("carry",),
+    ),
+    Mutation(
+        "a file that names who left is not deleted",
+        "removal/journal.py",
+        "path.unlink(missing_ok=True)\n                continue",
+        "continue",
+        ("removal",),
+    ),
+    Mutation(
+        "a removal that was interrupted is forgotten",
+        "removal/folder.py",
+        "if journal.is_committed:\n            done",
+        "if False:\n            done",
+        ("removal",),
+    ),
+    Mutation(
+        "a certificate names users by a hash without salt",
+        "removal/certificate.py",
+        "hashlib.sha256(bytes.fromhex(salt) + content)",
+        "hashlib.sha256(content)",
+        ("removal",),
+    ),
+    Mutation(
+        "an edited certificate passes",
+        "removal/certificate.py",
+        "if said != found:",
+        "if not said:",
+        ("removal",),
+    ),
+    Mutation(
+        "an id is not looked for as JSON escapes it",
+        "removal/traces.py",
+        "json.dumps(user_id)[1:-1], json",
+        "user_id, json",
+        ("removal",),
+    ),
+    Mutation(
+        "an evaluation goes into the model's folder",
+        "cli/eval.py",
+        "beside(arguments.model, EVALUATION_ENDING)",
+        'Path(arguments.model) / "evaluation"',
+        ("evaluate",),
+    ),
     # --- Who is in which row
     Mutation(
         "row off by one in the vocabulary",
@@ -671,8 +777,8 @@ MUTATIONS = [
     Mutation(
         "position of the soft prompt not loaded",
         "models/loading.py",
-        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)',
-        "attach_user_model(model, user_model, user_vocab, None, template)",
+        'attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template, joined)',
+        "attach_user_model(model, user_model, user_vocab, None, template, joined)",
         ("checkpoints",),
     ),
     Mutation(

@@ -53,10 +53,12 @@ ARROWS = {
     "serving": {"models", "user_profile"},
     "training": {"models", "user_models", "user_column", "user_profile"},
     "evaluation": {"audit", "training", "serving", "models", "user_models", "user_column", "user_profile"},
+    "removal": {"training", "models", "user_models"},
     "cli": {
         "audit",
         "data",
         "evaluation",
+        "removal",
         "training",
         "serving",
         "models",

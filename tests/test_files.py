@@ -182,3 +182,13 @@ def test_json_has_no_such_number(tmp_path, number):
     (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
     with pytest.raises(ValueError, match=f"a.json cannot be read \\({number} is no number in JSON"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_what_is_beside_a_folder_is_not_in_it(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "out").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = [files.beside(name, "-x").as_posix() for name in ("runs/out", "runs/out/", "owner/name", "runs")]
+    assert found == ["runs/out-x", "runs/out-x", "name-x", "runs-x"]
+    monkeypatch.chdir(tmp_path / "runs" / "out")
+    assert files.beside(".", "-x") == tmp_path / "runs" / "out-x"
+    assert files.beside("..", "-x") == tmp_path / "runs-x"

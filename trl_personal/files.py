@@ -20,6 +20,7 @@ NUM_SAMPLES = 64  # blocks per file; smaller files are read whole
 STAGING_PREFIX = ".saving-"
 SECONDS_UNTIL_LOCKED = 60
 STAGING_LOCK = ".writing"  # in a staging folder, locked while a process writes there
+EVALUATION_ENDING = "-evaluation"  # of the folder beside a model's that evaluation writes to: it holds ids of users
 LM_WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -54,8 +55,7 @@ def staged_folder(target: Path, last: str) -> Iterator[Path]:
     that is still writing.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for folder in target.glob(f"{STAGING_PREFIX}*"):
-        _remove_if_left(folder)
+    remove_left_folders(target)
     staging = Path(mkdtemp(prefix=STAGING_PREFIX, dir=target))
     lock = FileLock(staging / STAGING_LOCK)
     lock.acquire()
@@ -71,6 +71,12 @@ def staged_folder(target: Path, last: str) -> Iterator[Path]:
         lock.release()
 
 
+def remove_left_folders(target: Path) -> None:
+    """Remove the folders of [`staged_folder`] that killed processes have left in `target`."""
+    for folder in target.glob(f"{STAGING_PREFIX}*"):
+        _remove_if_left(folder)
+
+
 def _remove_if_left(folder: Path) -> None:
     """Remove a staging folder whose process is gone: a lock ends with the process that holds it."""
     lock = FileLock(folder / STAGING_LOCK, timeout=0)
@@ -82,6 +88,24 @@ def _remove_if_left(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     except (Timeout, OSError):  # somebody writes there, or has just removed it
         return
+
+
+def beside(folder: str | Path, ending: str) -> Path:
+    """
+    A path beside a folder, named after it: what is about a model and must not be uploaded with it. For a repository on the
+    hub, `owner/name`, it is in the working directory.
+
+    ```python
+    >>> beside("/runs/out/", "-evaluation").as_posix(), beside("owner/name", "-evaluation").as_posix()
+    ('/runs/out-evaluation', 'name-evaluation')
+    ```
+    """
+    path = Path(folder)
+    if not path.is_dir() and not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != "..":
+        return Path(path.name + ending)
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    parent = path.parent if path.name not in ("", "..") else path.resolve().parent
+    return parent / f"{name}{ending}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .files import read_json, write_atomically
 
 GENERIC_USER_INDEX = 0  # row 0 of every user table: the generic user, whom unknown users share
 USERS_FILE = "users.json"
+JOINED_FILE = "joined_users.json"  # beside it, if users came after the shared training
 
 UserId = str | int | None
 

@@ -3,7 +3,7 @@
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .arguments import (
     make_info_parser,
     make_main_parser,
 )
+from .users_arguments import flags_of_users, parse_users
 from .words import in_flags
 from .wrong_flags import find_wrong_flag, flags_of_dpo
 
@@ -42,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options, arguments)
     except KeyboardInterrupt:
-        sys.stderr.write(f"trl-personal {options.command}: interrupted\n")
+        sys.stderr.write(f"trl-personal {_name_of(options, arguments)}: interrupted\n")
         return INTERRUPTED
     except Exception as error:
         if options.debug or arguments.debug:
             traceback.print_exc()
         text = in_flags(one_line(error), _flags_of(options.command))
-        sys.stderr.write(f"trl-personal {options.command}: error: {text}\n")
+        sys.stderr.write(f"trl-personal {_name_of(options, arguments)}: error: {text}\n")
         return 1
 
 
@@ -56,6 +57,8 @@ def _parse_command(options: Namespace) -> Namespace:
     """The arguments of the command. Those of `dpo` need TRL and are parsed later, but a wrong flag is told now."""
     if options.command in PARSERS:
         return PARSERS[options.command]().parse_args(options.arguments)
+    if options.command == "users":
+        return parse_users(options.arguments)
     if (wrong := find_wrong_flag(options.arguments)) is not None:
         sys.stderr.write(f"{PROG} dpo: error: {wrong}\nSee `{PROG} dpo --help`.\n")
         raise SystemExit(2)
@@ -64,8 +67,17 @@ def _parse_command(options: Namespace) -> Namespace:
 
 def _flags_of(command: str) -> dict[str, str]:
     """The flags of a command whose names can be nothing but an argument: those of one word are names of columns too."""
-    flags = PARSERS[command]()._option_string_actions if command in PARSERS else flags_of_dpo()
-    return {flag[2:]: flag[2:] for flag in flags if flag.startswith("--") and "_" in flag}
+    flags: Iterable[str] = flags_of_users() if command == "users" else flags_of_dpo()
+    if command in PARSERS:
+        flags = PARSERS[command]()._option_string_actions
+    found = {flag[2:]: flag[2:] for flag in flags if flag.startswith("--") and "_" in flag}
+    return found | (
+        {"new_id": "as", "overwrite": "overwrite", "checkpoints": "checkpoints"} if command == "users" else {}
+    )
+
+
+def _name_of(options: Namespace, arguments: Namespace) -> str:
+    return " ".join(filter(None, [options.command, getattr(arguments, "users_command", None)]))
 
 
 def _run(options: Namespace, arguments: Namespace) -> int:
@@ -88,6 +100,10 @@ def _run(options: Namespace, arguments: Namespace) -> int:
         from .generate import run_generate
 
         run_generate(arguments)
+    elif options.command == "users":
+        from .users import run_users
+
+        run_users(arguments)
     else:
         from .info import run_info
 

@@ -20,6 +20,7 @@ commands:
   eval      say which users gain from their own soft prompt: accuracy, baselines, and a verdict
   generate  write answers of a trained model, for every prompt and every user
   info      say what a trained model is: kind, users, sizes, versions
+  users     list, rename, copy, export, import and remove the users of a trained model
 
 `trl-personal COMMAND --help` explains a command.
 
@@ -136,7 +137,7 @@ def make_main_parser() -> ArgumentParser:
         help="`dpo` trains in this process: for use under `torchrun -m` or `accelerate launch -m`",
     )
     parser.add_argument(
-        "command", metavar="COMMAND", choices=("audit", "dpo", "eval", "generate", "info"), help="see below"
+        "command", metavar="COMMAND", choices=("audit", "dpo", "eval", "generate", "info", "users"), help="see below"
     )
     parser.add_argument("arguments", nargs=REMAINDER, help=SUPPRESS).required = False
     return parser
@@ -253,7 +254,7 @@ def make_eval_parser() -> ArgumentParser:
         "--max_length", type=_positive, metavar="N", help="tokens of a row at most; default: as in the training"
     )
     parser.add_argument(
-        "--output_dir", metavar="FOLDER", help="folder for tables and pictures; default: MODEL/evaluation"
+        "--output_dir", metavar="FOLDER", help="folder for tables and pictures; default: MODEL-evaluation, beside it"
     )
     parser.add_argument("--list_users", action="store_true", help="also each user, with the id")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")

@@ -21,6 +21,7 @@ from ..evaluation import (
     probes_table,
 )
 from ..evaluation.answers import Judge
+from ..files import EVALUATION_ENDING, beside
 from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
 from .arguments import ColumnArguments
@@ -65,7 +66,7 @@ def run_eval(arguments: Namespace) -> None:
             disable_tqdm=hidden,
             **_loading(arguments),
         )
-        folder = Path(arguments.output_dir or Path(arguments.model) / "evaluation")
+        folder = Path(arguments.output_dir or beside(arguments.model, EVALUATION_ENDING))
         files = evaluation.save(folder)
     if evaluation.num_dropped:
         sys.stderr.write(f"{evaluation.num_dropped} pairs are left out: a prompt alone fills `max_length`.\n")

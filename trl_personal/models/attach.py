@@ -1,6 +1,7 @@
 """Makes a causal language model one with users, in place, and undoes it."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,7 @@ def attach_user_model(
     user_vocab: UserVocab,
     bos_token_id: int | None = None,
     user_profile_template: str | None = None,
+    joined: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """
     Make `model` (a causal LM, or a `PeftModel` around one) a model with users, in place:
@@ -43,6 +45,7 @@ def attach_user_model(
     - `model(input_ids, attention_mask, user_indices=...)` conditions each row on a user; without `user_indices` it is the
       plain model, bit for bit. `soft_prompts=...` `(batch, T, token_dim)` takes the place of `user_indices`.
     - `model.generate(..., user_ids=...)`, `model.save_pretrained(...)` and `model.push_to_hub(...)` know the users.
+    - `model.rename_users`, `copy_users`, `export_users`, `import_users` and `remove_users` let users come and go.
     - `model.user_model` is a submodule of the causal LM, `model.user_vocab` lists the users.
 
     The object keeps its type: its class becomes a subclass, of the same name, of the class it had.
@@ -56,6 +59,8 @@ def attach_user_model(
             `bos_token_id` in the model's config.
         user_profile_template (`str`, *optional*): The text around a user's profile in the prompts that the model was trained
             on, for [`render_user_profile`]. It is kept as `model.user_profile_template`.
+        joined (`Mapping`, *optional*): What is known of users who came after the shared training, by id: see
+            [`~models.known_users.KnownUsers`]. Defaults to none such.
 
     Raises:
         `ValueError`: if the model has a user model already, is not a decoder-only transformers model, or does not fit the
@@ -80,6 +85,7 @@ def attach_user_model(
     causal_lm.add_module("user_model", user_model)
     causal_lm.user_vocab = user_vocab
     causal_lm.user_profile_template = user_profile_template
+    causal_lm.joined_users = {user_id: dict(facts) for user_id, facts in (joined or {}).items()}
     causal_lm._soft_prompt_insertion = SoftPromptInsertion(causal_lm, bos_token_id)
     # transformers leaves these keys out of the LM's files, and does not miss them when it loads a checkpoint
     causal_lm._keys_to_ignore_on_save = set(causal_lm._keys_to_ignore_on_save or ()) | user_model_keys(user_model)
@@ -103,7 +109,7 @@ def detach_user_model(model: nn.Module) -> tuple[UserModel, UserVocab]:
     user_model, user_vocab = causal_lm.user_model, causal_lm.user_vocab
     causal_lm._soft_prompt_insertion.remove()
     causal_lm._keys_to_ignore_on_save -= user_model_keys(user_model)
-    for name in ("user_model", "user_vocab", "user_profile_template", "_soft_prompt_insertion"):
+    for name in ("user_model", "user_vocab", "user_profile_template", "joined_users", "_soft_prompt_insertion"):
         delattr(causal_lm, name)
     remove_mixin(causal_lm, PersonalizedGeneration)
     if model is not causal_lm:

@@ -28,6 +28,7 @@ from .generation_limits import (
 )
 from .saving import PersonalizedSaving
 from .soft_prompt import SoftPromptInsertion, insert_position_ids, insert_values
+from .user_methods import PersonalizedUsers
 
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ CONTINUOUS_BATCHING = (
 )
 
 
-class PersonalizedGeneration(PersonalizedSaving, OwnCalls):
-    """Added in front of a causal LM's class by [`attach_user_model`]: generation for a batch of users, calls of its own."""
+class PersonalizedGeneration(PersonalizedSaving, PersonalizedUsers, OwnCalls):
+    """Added in front of a causal LM's class by [`attach_user_model`]: generation for a batch of users, who come and go."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Says so when PEFT, which leaves `peft_config` in a model, puts an adapter around one that has users."""

@@ -31,7 +31,8 @@ from .folder_checks import (
     naming,
     read_adapter_config,
 )
-from .saving import USER_MODEL_FOLDER, check_vocab, embedding_size, get_base_model
+from .joined import read_joined
+from .saving import USER_MODEL_FOLDER, check_vocab, embedding_size, get_base_model, remember_saved
 
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,9 @@ class AutoPersonalizedModelForCausalLM:
         bos_token_id = getattr(causal_lm.config.get_text_config(), "bos_token_id", None)
         check_bos_token_id(folder, config, num_tokens, bos_token_id)
         template = config.get("user_profile_template")
-        attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template)
+        joined = read_joined(user_folder, config)
+        attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template, joined)
+        remember_saved(model, config)
         return (model, info) if kwargs.get("output_loading_info") else model
 
 

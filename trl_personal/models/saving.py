@@ -1,6 +1,8 @@
 """Writes the user model beside the language model, as one save."""
 
+import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..files import staged_folder, weight_files
 from ..user_models import UserModel
 from ..user_models.base import CONFIG_FILE
-from ..users import UserVocab
-from .folder_checks import base_model_files, language_model_files
+from ..users import JOINED_FILE, UserVocab
+from .folder_checks import BASE_FILES_ENTRY, LM_FILES_ENTRY, base_model_files, language_model_files
+from .joined import write_joined
 
 
 USER_MODEL_FOLDER = "user_model"
+SAMPLED_NUMBERS = 4096  # of a weight, to tell whether it has changed since it was saved
 HUB_PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
 
@@ -77,6 +81,8 @@ class PersonalizedSaving:
             if user_state != {}:  # a caller that gathered nothing writes the user model itself
                 save_user_model(self, staging, user_state)  # type: ignore[arg-type]
             written = weight_files(staging)
+        if user_state != {} and not get_base_model(self).joined_users:  # type: ignore[arg-type]
+            (target / USER_MODEL_FOLDER / JOINED_FILE).unlink(missing_ok=True)
         if any(name.startswith("model") for name in written):
             for name in weight_files(target) - written:  # shards of an earlier save, or the adapter before a merge
                 (target / name).unlink()
@@ -130,14 +136,59 @@ def save_user_model(model: nn.Module, directory: Path, state_dict: dict[str, Ten
         state_dict = {name.removeprefix("users."): value for name, value in found.items()}
     template = causal_lm.user_profile_template
     causal_lm.user_vocab.save_pretrained(folder)
+    write_joined(folder, causal_lm.joined_users)
+    files = {
+        LM_FILES_ENTRY: language_model_files(directory),
+        **({BASE_FILES_ENTRY: _base_model_files(model)} if isinstance(model, PeftModel) else {}),
+    }
     causal_lm.user_model.save_files(
         folder,
         state_dict,
         bos_token_id=causal_lm._soft_prompt_insertion.bos_token_id,
         **({"user_profile_template": template} if template is not None else {}),
-        language_model_files=language_model_files(directory),
-        **({"base_model_files": _base_model_files(model)} if isinstance(model, PeftModel) else {}),
+        **files,
     )
+    remember_saved(model, files)
+
+
+def remember_saved(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Keep the fingerprints in `config`, those of the files that the language model was loaded from or saved to just now."""
+    names = (LM_FILES_ENTRY, BASE_FILES_ENTRY)
+    files = {name: dict(config[name]) for name in names if config.get(name)}
+    causal_lm = get_base_model(model)
+    causal_lm.saved_language_model = (files, _sample_of_weights(causal_lm))
+
+
+def saved_language_model(causal_lm: Any) -> dict[str, dict[str, str]]:
+    """
+    Fingerprints of the files of a language model, as the user model's config has them.
+
+    Raises:
+        `ValueError`: if there are none of its present weights: it was not loaded from a folder, or trained or cast since.
+    """
+    files, sample = getattr(causal_lm, "saved_language_model", ({}, ""))
+    if not files or not sample or sample != _sample_of_weights(causal_lm):
+        raise ValueError(
+            "Rows of users belong to the shared parts that they were fitted beside, and nothing says which those are: the "
+            "language model has no files yet, or was trained or cast since. Save it with `model.save_pretrained(folder)`."
+        )
+    return dict(files)
+
+
+@torch.no_grad()
+def _sample_of_weights(causal_lm: Any) -> str:
+    """
+    SHA-256 of numbers spread over the weights that can be trained, without users: a step of training moves some of them. Empty
+    where FSDP2 has sharded them: what one process has tells nothing of the whole.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in causal_lm.named_parameters():
+        if isinstance(parameter, DTensor):
+            return ""
+        if parameter.is_floating_point() and not parameter.is_meta and not name.startswith("user_model."):
+            numbers = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED_NUMBERS)]
+            digest.update(name.encode() + str(parameter.dtype).encode() + numbers.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _base_model_files(model: PeftModel) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import fingerprint, json_fingerprint, read_json, replaced_file, write_atomically
-from ..users import GENERIC_USER_INDEX, USERS_FILE
+from ..users import GENERIC_USER_INDEX, JOINED_FILE, USERS_FILE
 
 
 CONFIG_FILE = "user_model_config.json"
@@ -310,8 +310,8 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         """
         Write `user_model.safetensors`, then `user_model_config.json` with `extra` entries in it; each atomically.
 
-        The config holds fingerprints of the weights, of a `users.json` that lies there, and of its own other entries. The
-        generic user's row of a table that has none (`padding_idx`) is written as zeros.
+        The config holds fingerprints of the weights, of a `users.json` and a `joined_users.json` that lie there, and of its
+        own other entries. The generic user's row of a table that has none (`padding_idx`) is written as zeros.
 
         `state_dict` replaces the module's own, for weights gathered from other processes.
         """
@@ -324,7 +324,7 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         with replaced_file(directory / WEIGHTS_FILE) as path:
             save_file(state, path)
         config: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.config), **extra}
-        beside = [name for name in (WEIGHTS_FILE, USERS_FILE) if (directory / name).is_file()]
+        beside = [name for name in (WEIGHTS_FILE, USERS_FILE, JOINED_FILE) if (directory / name).is_file()]
         files = {name: fingerprint(directory / name) for name in beside}
         config[FILES_ENTRY] = files | {CONFIG_FILE: json_fingerprint(config)}
         write_atomically(directory / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
