@@ -35,6 +35,7 @@ from .run_users import (
     with_names_of_users,
 )
 from .scored_evaluation import ScoredEvaluationMixin
+from .settings import scoring_settings
 from .teaching_rows import TeachingRows, rows_that_teach
 from .terms import TERMS, Term
 from .user_metrics import metrics_under, scored_outputs
@@ -164,6 +165,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         if self.args.user_learning_rate == 0:
             user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
+        get_base_model(self.model).training_settings = scoring_settings(self.args)
         self.user_model, self.user_vocab = user_model, user_vocab
         self.embedding_std = measure_embedding_std(self.model, tokenizer)
         self.add_callback(MovementCallback(user_model, self.embedding_std))
@@ -236,7 +238,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
     def _step_of_terms(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         model.train()
         loss: Any = 0.0
-        with self._reference_in_batch(self.prepare_batch(model, self._prepare_inputs(inputs))) as batch:
+        with self.reference_in_batch(self.prepare_batch(model, self._prepare_inputs(inputs))) as batch:
             terms = self.terms(batch)
             for term in terms:
                 # DDP exchanges gradients once, in the last pass; under FSDP, `no_sync` would keep whole gradients
@@ -267,7 +269,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.user_model is not None:
             inputs = self.prepare_batch(model, inputs)
-        with self._reference_in_batch(inputs) as batch:
+        with self.reference_in_batch(inputs) as batch:
             terms = [Term("", 1.0, batch)] if self.user_model is None else self.terms(batch)
             result, margins = self._sum_of_terms(model, terms, return_outputs, num_items_in_batch)
             if not self.model.training:
@@ -292,7 +294,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         return (loss, outputs) if return_outputs else loss, margins
 
     @contextmanager
-    def _reference_in_batch(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def reference_in_batch(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """`inputs` with the reference's log-probabilities, and TRL set to take them from there."""
         if not self.reference_keys:
             yield inputs

@@ -1,0 +1,187 @@
+"""Which row each user gets, and what it is worth: the posteriors of all hypotheses together, asked about pairs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fit import (
+    Draws,
+    Hypothesis,
+    Pairs,
+    all_hypotheses,
+    draw,
+    initial_shares,
+    learn_shares,
+    log_likelihood,
+    posterior,
+)
+
+
+NUM_DRAWS = 192  # of each hypothesis
+NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
+NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
+NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
+ABOUT_AS_GOOD = 5e-3  # of expected accuracy
+LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
+SCALES = (0.25, 0.5, 0.75, 1.0)
+CONFIDENCE = 0.9
+
+
+@dataclass
+class LinearMargins:
+    """
+    The margins of the pairs of several users as linear functions of the codes of their users.
+
+    Args:
+        start (`Tensor` `(n,)`): Margins with the start row of each pair's user, in nats.
+        offset (`Tensor` `(n,)`): Margins at codes of zero in the linear model.
+        slopes (`Tensor` `(n, rank)`): Slopes in the codes.
+        owner (`LongTensor` `(n,)`): The number of each pair's user.
+        num_users (`int`): The number of users, with or without pairs.
+    """
+
+    start: Tensor
+    offset: Tensor
+    slopes: Tensor
+    owner: Tensor
+    num_users: int
+
+    def counts(self) -> Tensor:
+        """The number of pairs of each user, `(num_users,)`."""
+        return torch.bincount(self.owner, minlength=self.num_users)
+
+
+@dataclass
+class Choice:
+    """
+    What was chosen for one user.
+
+    Args:
+        codes (`Tensor` `(rank,)`): The codes of the row; zero is the start row.
+        hypothesis ([`Hypothesis`]): The most probable one in which codes differ from zero.
+        accuracy, start_accuracy (`float`): Expected accuracies with the chosen row and the start row.
+        low, high (`float`): The interval of the first.
+        probability_of_gain (`float`): How probable it is that the chosen row is right more often than the start row.
+    """
+
+    codes: Tensor
+    hypothesis: Hypothesis
+    accuracy: float
+    start_accuracy: float
+    low: float
+    high: float
+    probability_of_gain: float
+
+
+def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dict[int, Choice]:
+    """
+    A [`Choice`] for each user with pairs, by the user's number.
+
+    Candidates are the start row, and steps on the way to the mean and to the mode of what the user is like if not like the
+    start row. The one with the highest expected accuracy wins. It is asked on pairs of other users who join (`asks_others`),
+    and on the user's own, each of these as if its answer were not known (leave-one-out).
+    """
+    hypotheses = all_hypotheses()
+    noise = torch.randn(NUM_DRAWS, margins.slopes.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    asked = torch.linspace(0, len(margins.owner) - 1, min(NUM_ASKED, len(margins.owner))).round().long()
+    evidence = torch.zeros(len(hypotheses), margins.num_users, dtype=torch.float64)
+    for users, pairs, _ in _chunks(margins):
+        evidence[:, users] = torch.stack([draw(pairs, h, beta, noise).evidence for h in hypotheses])
+    with_pairs = margins.counts() > 0
+    shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses))
+    choices = {}
+    for users, pairs, numbers in _chunks(margins):
+        draws = [draw(pairs, h, beta, noise) for h in hypotheses]
+        weights = posterior(torch.stack([found.evidence for found in draws]), shares)
+        for place, user in enumerate(users.tolist()):
+            own = numbers[place][pairs.mask[place]]
+            others = asked[margins.owner[asked] != user] if asks_others else asked[:0]
+            choices[user] = _choose_for_one(margins, own, others, hypotheses, draws, weights[:, place], place, beta)
+    return choices
+
+
+def _chunks(margins: LinearMargins) -> Iterator[tuple[Tensor, Pairs, Tensor]]:
+    """Users with pairs, those with about as many together: their numbers, padded pairs, and the numbers of these."""
+    counts = margins.counts()
+    order = torch.argsort(margins.owner, stable=True)
+    ends = counts.cumsum(0)
+    by_count = torch.argsort(counts, stable=True)
+    by_count = by_count[counts[by_count] > 0]
+    start = 0
+    while start < len(by_count):
+        stop = start + 1
+        while stop < len(by_count) and (stop + 1 - start) * NUM_DRAWS * int(counts[by_count[stop]]) <= NUMBERS_AT_ONCE:
+            stop += 1
+        users = by_count[start:stop]
+        longest = int(counts[users].max())
+        place = (ends - counts)[users, None] + torch.arange(longest)
+        mask = torch.arange(longest) < counts[users, None]
+        numbers = order[place.clamp(max=len(order) - 1)]
+        values = (margins.start[numbers], margins.offset[numbers], margins.slopes[numbers])
+        yield users, Pairs(*(value.double() * mask.view(*mask.shape, *[1] * (value.dim() - 2)) for value in values), mask), numbers
+        start = stop
+
+
+def _choose_for_one(
+    margins: LinearMargins,
+    own: Tensor,
+    others: Tensor,
+    hypotheses: Sequence[Hypothesis],
+    draws: Sequence[Draws],
+    weights: Tensor,
+    place: int,
+    beta: float,
+) -> Choice:
+    numbers = torch.cat([own[:NUM_ASKED], others])
+    num_own = len(own[:NUM_ASKED])
+    start, offset = margins.start[numbers].double(), margins.offset[numbers].double()
+    slopes = margins.slopes[numbers].double()
+    # for each hypothesis and draw: its weight, and how probable it makes the answers to the pairs asked
+    log_weights, right, without_own = [], [], []
+    for hypothesis, found, weight in zip(hypotheses, draws, weights, strict=True):
+        codes = found.codes[place]
+        found_margins = offset + codes @ slopes.T if hypothesis.moves else start.expand(len(codes), -1)
+        log_weights.append((weight * found.weights[place]).log())
+        right.append(torch.sigmoid(beta * found_margins))
+        without_own.append(-log_likelihood(found_margins[:, :num_own], beta, hypothesis.noise))
+    log_weight, truth = torch.cat(log_weights), torch.cat(right)
+    leave_one_out = (log_weight[:, None] + torch.cat(without_own)).softmax(0)
+    expected = torch.cat([(leave_one_out * truth[:, :num_own]).sum(0), log_weight.exp() @ truth[:, num_own:]])
+    candidates = _candidates(hypotheses, draws, weights, place)
+    outcome = offset + candidates @ slopes.T
+    outcome[0] = start  # the start row is no linear model
+    accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
+    best = 0
+    if accuracies.max() > accuracies[0] + LEAST_GAIN:  # the nearest of those about as good: margins are linear nearby only
+        is_good = accuracies[1:] >= max(accuracies.max() - ABOUT_AS_GOOD, accuracies[0] + LEAST_GAIN)
+        sizes = candidates[1:].square().sum(1).masked_fill(~is_good, torch.inf)
+        best = 1 + int(sizes.argmin())
+    picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
+    sampled = truth[picked]
+    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
+    at_start = torch.where(outcome[0] > 0, sampled, 1 - sampled).mean(1)
+    low, high = chosen.quantile(torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)).tolist()
+    value = float(accuracies[best])
+    moving = max((h for h in range(len(hypotheses)) if hypotheses[h].moves), key=lambda h: float(weights[h]))
+    return Choice(
+        candidates[best],
+        hypotheses[moving],
+        value,
+        float(accuracies[0]),
+        min(low, value),
+        max(high, value),
+        float((chosen > at_start).double().mean()) if best else 0.0,
+    )
+
+
+def _candidates(hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int) -> Tensor:
+    """Codes `(c, rank)` to choose from, the start row first."""
+    moving = [h for h, hypothesis in enumerate(hypotheses) if hypothesis.moves]
+    total = weights[moving].sum().clamp(min=1e-300)
+    means = torch.stack([draws[h].weights[place] @ draws[h].codes[place] for h in moving])
+    modes = torch.stack([draws[h].modes[place] for h in moving])
+    share = weights[moving] / total
+    ends = [share @ means, share @ modes, modes[int(share.argmax())]]
+    return torch.stack([torch.zeros_like(ends[0]), *(scale * end for end in ends for scale in SCALES)])
