@@ -23,8 +23,7 @@ NUM_DRAWS = 192  # of each hypothesis
 NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
 NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
 NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
-ABOUT_AS_GOOD = 5e-3  # of expected accuracy
-LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
+LEAST_GAIN = -0.02  # of expected accuracy, for a row to leave the start row: the shares before answers are on the safe side
 SCALES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.9
 
@@ -87,13 +86,17 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     noise = torch.randn(NUM_DRAWS, margins.slopes.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     asked = torch.linspace(0, len(margins.owner) - 1, min(NUM_ASKED, len(margins.owner))).round().long()
     evidence = torch.zeros(len(hypotheses), margins.num_users, dtype=torch.float64)
-    for users, pairs, _ in _chunks(margins):
-        evidence[:, users] = torch.stack([draw(pairs, h, beta, noise).evidence for h in hypotheses])
+    draws: list[Draws] = []
+    chunks = list(_chunks(margins))
+    for users, pairs, _ in chunks:
+        draws = [draw(pairs, h, beta, noise) for h in hypotheses]
+        evidence[:, users] = torch.stack([found.evidence for found in draws])
     with_pairs = margins.counts() > 0
     shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses))
     choices = {}
-    for users, pairs, numbers in _chunks(margins):
-        draws = [draw(pairs, h, beta, noise) for h in hypotheses]
+    for users, pairs, numbers in chunks:
+        if len(chunks) > 1:  # drawn again, as the draws of all would not fit
+            draws = [draw(pairs, h, beta, noise) for h in hypotheses]
         weights = posterior(torch.stack([found.evidence for found in draws]), shares)
         for place, user in enumerate(users.tolist()):
             own = numbers[place][pairs.mask[place]]
@@ -149,15 +152,17 @@ def _choose_for_one(
     log_weight, truth = torch.cat(log_weights), torch.cat(right)
     leave_one_out = (log_weight[:, None] + torch.cat(without_own)).softmax(0)
     expected = torch.cat([(leave_one_out * truth[:, :num_own]).sum(0), log_weight.exp() @ truth[:, num_own:]])
+    is_own = torch.cat([torch.full((len(w),), h.moves) for h, w in zip(hypotheses, log_weights, strict=True)])
+    of_own = leave_one_out[is_own] / leave_one_out[is_own].sum(0).clamp(min=1e-300)
+    of_others = log_weight[is_own].softmax(0)
+    expected_if_own = torch.cat([(of_own * truth[is_own, :num_own]).sum(0), of_others @ truth[is_own, num_own:]])
     candidates = _candidates(hypotheses, draws, weights, place)
     outcome = offset + candidates @ slopes.T
     outcome[0] = start  # the start row is no linear model
     accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
-    best = 0
-    if accuracies.max() > accuracies[0] + LEAST_GAIN:  # the nearest of those about as good: margins are linear nearby only
-        is_good = accuracies[1:] >= max(accuracies.max() - ABOUT_AS_GOOD, accuracies[0] + LEAST_GAIN)
-        sizes = candidates[1:].square().sum(1).masked_fill(~is_good, torch.inf)
-        best = 1 + int(sizes.argmin())
+    best = _best_if_own(outcome, expected_if_own)
+    if accuracies[best] < accuracies[0] + LEAST_GAIN:
+        best = 0
     picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
     sampled = truth[picked]
     chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
@@ -176,6 +181,12 @@ def _choose_for_one(
     )
 
 
+def _best_if_own(outcome: Tensor, expected: Tensor) -> int:
+    """The best candidate for a user who has a row of one's own: of those that are as good the nearest."""
+    accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
+    return 1 + int(accuracies[1:].argmax())
+
+
 def _candidates(hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int) -> Tensor:
     """Codes `(c, rank)` to choose from, the start row first."""
     moving = [h for h, hypothesis in enumerate(hypotheses) if hypothesis.moves]
@@ -184,4 +195,6 @@ def _candidates(hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weight
     modes = torch.stack([draws[h].modes[place] for h in moving])
     share = weights[moving] / total
     ends = [share @ means, share @ modes, modes[int(share.argmax())]]
-    return torch.stack([torch.zeros_like(ends[0]), *(scale * end for end in ends for scale in SCALES)])
+    steps = torch.stack([scale * end for end in ends for scale in SCALES])
+    steps = steps[steps.square().sum(1).argsort()]  # from near to far
+    return torch.cat([torch.zeros_like(steps[:1]), steps])

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 
-PRECISIONS = (0.03, 0.1, 0.3, 1.0)
+PRECISIONS = (0.1, 0.3, 1.0)
 NOISES = (0.0, 0.1, 0.2, 0.3)
 CHANCE = 0.5  # the noise of answers that say nothing
 NEWTON_STEPS = 50
+SAME_VALUE = 1e-9  # of an objective, up to rounding
 TOLERANCE = 1e-4  # of a Newton step
 # Before anybody's answers are seen: answers by chance, those of the start row, those of a row of one's own
 SHARES = {"chance": 0.7, "start": 0.1, "own": 0.2}
@@ -143,11 +144,11 @@ def fit(pairs: Pairs, hypothesis: Hypothesis, beta: float) -> Fits:
         scale = torch.ones(num_users, 1, dtype=codes.dtype)
         for _ in range(12):
             found = objective(codes + scale * step)
-            worse = found < value
+            worse = found < value - SAME_VALUE
             if not worse.any():
                 break
             scale = torch.where(worse[:, None], scale / 2, scale)
-        better = found >= value
+        better = found >= value - SAME_VALUE
         codes = torch.where(better[:, None], codes + scale * step, codes)
         value = torch.where(better, found, value)
         if (scale * step).abs().max() < TOLERANCE:

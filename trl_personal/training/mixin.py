@@ -29,8 +29,10 @@ from .run_users import (
     EvalDatasets,
     check_settings,
     choose_users,
+    freeze_shared,
     make_user_model,
     refuse_prompt_learning,
+    say_what_moves,
     take_known_users,
     with_names_of_users,
 )
@@ -105,6 +107,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             rows = TeachingRows("train")
             train_dataset = rows.of(train_dataset)
             user_model, vocab = choose_users(args, train_dataset, user_vocab, user_model, known)
+            say_what_moves(args, known)
             if isinstance(train_dataset, IterableDataset):
                 rows.tell()
             self._check_eval_datasets(args, eval_dataset)
@@ -167,6 +170,8 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
         get_base_model(self.model).training_settings = scoring_settings(self.args)
         self.user_model, self.user_vocab = user_model, user_vocab
+        if self.args.freeze == "shared":
+            freeze_shared(self.model, user_model)
         self.embedding_std = measure_embedding_std(self.model, tokenizer)
         self.add_callback(MovementCallback(user_model, self.embedding_std))
         base = get_base_model(self.model)
@@ -211,7 +216,8 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         own = Term("", alpha, self.user_batch(batch))
         if self.model.training and self.args.generic_term == "sampled":
             return [Term("", 1.0, {**batch, "user_indices": self._sampled_users(batch["user_indices"])})]
-        if self.model.training and alpha == 1:  # a term without weight; evaluation reports it all the same
+        has_one_term = alpha == 1 or self.args.freeze == "shared"  # the other has no weight, or nothing to move
+        if self.model.training and has_one_term:  # evaluation reports both all the same
             return [own]
         return [own, Term("generic/", 1 - alpha, self.generic_batch(batch))]
 
