@@ -23,7 +23,8 @@ NUM_DRAWS = 192  # of each hypothesis
 NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
 NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
 NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
-LEAST_GAIN = -0.02  # of expected accuracy, for a row to leave the start row: the shares before answers are on the safe side
+LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
+MANY = 10  # pairs of a user, from which on they can tell between rows in the same direction
 SCALES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.9
 
@@ -78,8 +79,9 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     """
     A [`Choice`] for each user with pairs, by the user's number.
 
-    Candidates are the start row, and steps on the way to the mean and to the mode of what the user is like if not like the
-    start row. The one with the highest expected accuracy wins. It is asked on pairs of other users who join (`asks_others`),
+    Candidates are the start row and the mode of what the user is like if not like the start row (the mean of the modes of
+    all hypotheses); for users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best of
+    these takes the place of the start row if its expected accuracy is higher. It is asked on pairs of other users who join (`asks_others`),
     and on the user's own, each of these as if its answer were not known (leave-one-out).
     """
     hypotheses = all_hypotheses()
@@ -156,7 +158,7 @@ def _choose_for_one(
     of_own = leave_one_out[is_own] / leave_one_out[is_own].sum(0).clamp(min=1e-300)
     of_others = log_weight[is_own].softmax(0)
     expected_if_own = torch.cat([(of_own * truth[is_own, :num_own]).sum(0), of_others @ truth[is_own, num_own:]])
-    candidates = _candidates(hypotheses, draws, weights, place)
+    candidates = _candidates(hypotheses, draws, weights, place, len(own) >= MANY)
     outcome = offset + candidates @ slopes.T
     outcome[0] = start  # the start row is no linear model
     accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
@@ -187,13 +189,17 @@ def _best_if_own(outcome: Tensor, expected: Tensor) -> int:
     return 1 + int(accuracies[1:].argmax())
 
 
-def _candidates(hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int) -> Tensor:
-    """Codes `(c, rank)` to choose from, the start row first."""
+def _candidates(
+    hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int, several: bool
+) -> Tensor:
+    """Codes `(c, rank)` to choose from, the start row first: one beside it, or `several`."""
     moving = [h for h, hypothesis in enumerate(hypotheses) if hypothesis.moves]
     total = weights[moving].sum().clamp(min=1e-300)
     means = torch.stack([draws[h].weights[place] @ draws[h].codes[place] for h in moving])
     modes = torch.stack([draws[h].modes[place] for h in moving])
     share = weights[moving] / total
+    if not several:
+        return torch.stack([torch.zeros_like(modes[0]), share @ modes])
     ends = [share @ means, share @ modes, modes[int(share.argmax())]]
     steps = torch.stack([scale * end for end in ends for scale in SCALES])
     steps = steps[steps.square().sum(1).argsort()]  # from near to far

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-PRECISIONS = (0.1, 0.3, 1.0)
+PRECISIONS = (0.2, 0.6)  # users who join may be somewhat further from the generic one than those who are known
 NOISES = (0.0, 0.1, 0.2, 0.3)
 CHANCE = 0.5  # the noise of answers that say nothing
 NEWTON_STEPS = 50
