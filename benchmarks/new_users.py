@@ -100,7 +100,9 @@ class Bench:
     def __init__(self, folder, ref_model):
         self.folder = folder
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.reference = AutoModelForCausalLM.from_pretrained(ref_model or Path(folder, "warmed_up"), dtype=torch.float32)
+        self.reference = AutoModelForCausalLM.from_pretrained(
+            ref_model or Path(folder, "warmed_up"), dtype=torch.float32
+        )
 
     def join(self, support, test, plain=False):
         """Accuracies of users and seconds, from joining with `support`; also those of fixed recipes."""
@@ -117,10 +119,13 @@ class Bench:
                 "generic": margins.at(rows[:1].expand(len(users), -1), owner, gradients=False)[0],
                 "own": margins.at(rows[1:], owner, gradients=False)[0],
             }
-            for precision, own in zip(PLAIN_PRECISIONS, self.plain_rows(support, users) if plain else (), strict=False):
+            for precision, own in zip(
+                PLAIN_PRECISIONS, self.plain_rows(support, users) if plain else (), strict=False
+            ):
                 scores[f"plain {precision:g}"] = margins.at(own, owner, gradients=False)[0]
         found = {
-            name: [float((values[owner == u] > 0).double().mean()) for u in range(len(users))] for name, values in scores.items()
+            name: [float((values[owner == u] > 0).double().mean()) for u in range(len(users))]
+            for name, values in scores.items()
         }
         results = {name: {"mean": float(np.mean(a)), "worst": min(a)} for name, a in found.items()}
         by_user = {user.user_id: user for user in fits.users}
@@ -159,7 +164,9 @@ class Bench:
 def show(label, found):
     """One line a measurement."""
     parts = [
-        f"{name} {value['mean']:.3f} (worst {value['worst']:.2f})" if isinstance(value, dict) else f"{name} {value:.3f}"
+        f"{name} {value['mean']:.3f} (worst {value['worst']:.2f})"
+        if isinstance(value, dict)
+        else f"{name} {value:.3f}"
         for name, value in found.items()
     ]
     print(f"{label}: " + ", ".join(parts), flush=True)
@@ -195,7 +202,9 @@ def main(arguments):
                 measure(f"seed {seed}, {number} pairs, by coin", with_noise(few, 0.5, seed), as_majority(test))
     else:
         rows = make_style_preferences(1000, 30, seed=seeds[0])["train"]
-        support = [rows[i] | {"user_id": f"new-{i % 1000}"} for i in np.random.default_rng(0).integers(len(rows), size=10_000)]
+        support = [
+            rows[i] | {"user_id": f"new-{i % 1000}"} for i in np.random.default_rng(0).integers(len(rows), size=10_000)
+        ]
         few = [row for row in support if int(row["user_id"][4:]) < 100]
         for label, part in (("a hundred users", few), ("a thousand users", support)):
             model = AutoPersonalizedModelForCausalLM.from_pretrained(arguments.model)

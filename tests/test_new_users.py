@@ -127,9 +127,7 @@ def test_margins_are_those_of_an_evaluation(family, form, model_dirs, make_train
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     reference = None if form == "lora" else model_dirs[family]
-    found = score_pairs(
-        make_scoring_trainer(str(tmp_path / "out"), preferences, SETTINGS, ref_model=reference), PAIRS
-    )
+    found = score_pairs(make_scoring_trainer(str(tmp_path / "out"), preferences, SETTINGS, ref_model=reference), PAIRS)
     model = AutoPersonalizedModelForCausalLM.from_pretrained(tmp_path / "out")
     with row_margins(
         model, make_tokenizer(family == "llama", family), preferences, SETTINGS, reference and make_model(family), 3
@@ -507,7 +505,11 @@ def test_users_join_and_are_refined_on_the_command_line(folder, model_dirs, tmp_
     arguments = make_users_add_parser().parse_args([str(folder), *common, "--user_ids", "eve", "--format", "json"])
     run_users_add(arguments)
     found = json.loads(capsys.readouterr().out)
-    assert [(user["user_id"], user["num_pairs"]) for user in found["users"]] == [("eve", 0), ("new-0", 4), ("new-1", 4)]
+    assert [(user["user_id"], user["num_pairs"]) for user in found["users"]] == [
+        ("eve", 0),
+        ("new-0", 4),
+        ("new-1", 4),
+    ]
     assert list(UserVocab.from_pretrained(folder / "user_model")) == ["ann", "bo", "eve", "new-0", "new-1"]
     changed = {name for name, value in hashes(folder).items() if before.get(name) != value}
     assert {Path(name).parts[0] for name in changed} == {"user_model"}

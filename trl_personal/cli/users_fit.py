@@ -39,7 +39,9 @@ def run_users_update(arguments: Namespace) -> None:
 
 def _run(arguments: Namespace, is_update: bool) -> None:
     if not Path(arguments.model).is_dir():
-        raise FileNotFoundError(f"There is no folder {arguments.model}. Name one that training wrote: it is changed in place.")
+        raise FileNotFoundError(
+            f"There is no folder {arguments.model}. Name one that training wrote: it is changed in place."
+        )
     if arguments.ref_model is not None:
         check_model_name(arguments.ref_model, is_base=True)
     given = {name: getattr(arguments, name) for name in ("beta", "max_length", "user_id_column")}

@@ -14,12 +14,16 @@ def make_users_add_parser() -> CommandParser:
     """The options of `trl-personal users add`."""
     parser = _start(
         "add",
-        "Let new users join a trained model: the row of each is fitted to the user's pairs, and all else stays as it is, to the "
-        "last bit. Says what to expect of each.",
+        "Let new users join a trained model: the row of each is fitted to the user's pairs, and all else stays as it is, to "
+        "the last bit. Says what to expect of each.",
         "pairs of the new users",
     )
     parser.add_argument(
-        "--user_ids", nargs="+", default=[], metavar="ID", help="users who join too, with pairs or without (the generic prompt)"
+        "--user_ids",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="users who join too, with pairs or without (the generic prompt)",
     )
     return parser
 

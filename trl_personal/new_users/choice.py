@@ -79,13 +79,15 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     """
     A [`Choice`] for each user with pairs, by the user's number.
 
-    Candidates are the start row and the mode of what the user is like if not like the start row (the mean of the modes of
-    all hypotheses); for users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best of
-    these takes the place of the start row if its expected accuracy is higher. It is asked on pairs of other users who join (`asks_others`),
-    and on the user's own, each of these as if its answer were not known (leave-one-out).
+    Candidates are the start row, and the mode of what the user is like if not like the start row (the mean of the modes of
+    all hypotheses); for users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best
+    of these takes the place of the start row if its expected accuracy is higher. It is asked on pairs of other users who join
+    (`asks_others`), and on the user's own, each of these as if its answer were not known (leave-one-out).
     """
     hypotheses = all_hypotheses()
-    noise = torch.randn(NUM_DRAWS, margins.slopes.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(
+        NUM_DRAWS, margins.slopes.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     asked = torch.linspace(0, len(margins.owner) - 1, min(NUM_ASKED, len(margins.owner))).round().long()
     evidence = torch.zeros(len(hypotheses), margins.num_users, dtype=torch.float64)
     draws: list[Draws] = []
@@ -124,8 +126,13 @@ def _chunks(margins: LinearMargins) -> Iterator[tuple[Tensor, Pairs, Tensor]]:
         place = (ends - counts)[users, None] + torch.arange(longest)
         mask = torch.arange(longest) < counts[users, None]
         numbers = order[place.clamp(max=len(order) - 1)]
-        values = (margins.start[numbers], margins.offset[numbers], margins.slopes[numbers])
-        yield users, Pairs(*(value.double() * mask.view(*mask.shape, *[1] * (value.dim() - 2)) for value in values), mask), numbers
+        pairs = Pairs(
+            margins.start[numbers].double() * mask,
+            margins.offset[numbers].double() * mask,
+            margins.slopes[numbers].double() * mask[..., None],
+            mask,
+        )
+        yield users, pairs, numbers
         start = stop
 
 
@@ -169,7 +176,9 @@ def _choose_for_one(
     sampled = truth[picked]
     chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
     at_start = torch.where(outcome[0] > 0, sampled, 1 - sampled).mean(1)
-    low, high = chosen.quantile(torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)).tolist()
+    low, high = chosen.quantile(
+        torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)
+    ).tolist()
     value = float(accuracies[best])
     moving = max((h for h in range(len(hypotheses)) if hypotheses[h].moves), key=lambda h: float(weights[h]))
     return Choice(

@@ -57,8 +57,8 @@ def add_users(
         dataset (`Dataset`, *optional*): Preference pairs as for training, with the columns of the training. Rows without a
             user are left out.
         tokenizer: The tokenizer or processor of the model.
-        ref_model (`PreTrainedModel` or `str`, *optional*): The model that training started from, or its folder. Needed unless the model is an adapter,
-            whose base model is the reference.
+        ref_model (`PreTrainedModel` or `str`, *optional*): The model that training started from, or its folder. Needed unless
+            the model is an adapter, whose base model is the reference.
         user_ids (`Iterable`, *optional*): Users who join too, with pairs or without: without pairs, a user has the generic
             user's soft prompt.
         settings (`Mapping`, *optional*): Settings of the training (`beta`, `max_length`, `user_id_column`, ...), in place of
@@ -100,7 +100,16 @@ def add_users(
         return margins.flat_rows([GENERIC_USER_INDEX]).expand(len(joining), -1)
 
     fitted, rows = _fit(
-        model, dataset, joining, tokenizer, ref_model, settings, batch_size, num_relinearizations, start_rows, num_known
+        model,
+        dataset,
+        joining,
+        tokenizer,
+        ref_model,
+        settings,
+        batch_size,
+        num_relinearizations,
+        start_rows,
+        num_known,
     )
     if rows is not None:
         bigger.set_rows(new, rows)
@@ -227,7 +236,9 @@ def _fit(
         counts = torch.bincount(owner, minlength=len(users)).tolist()
         left_out = len(dataset) - len(margins)
     fitted = tuple(
-        _as_user(user, counts[number], choices[number], bool(codes[number].any())) if number in choices else _without_pairs(user)
+        _as_user(user, counts[number], choices[number], bool(codes[number].any()))
+        if number in choices
+        else _without_pairs(user)
         for number, user in enumerate(users)
     )
     for number in range(len(users)):

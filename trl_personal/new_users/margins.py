@@ -217,7 +217,7 @@ def _left_as_found(models: list[nn.Module]) -> Iterator[None]:
                 if forward is None:
                     vars(module).pop("forward", None)
                 else:
-                    module.forward = forward  # type: ignore[method-assign]
+                    module.forward = forward
                 for name, kept in hooks.items():
                     vars(module)[name].clear()
                     vars(module)[name].update(kept)

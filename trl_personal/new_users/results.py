@@ -1,4 +1,4 @@
-"""What a fit of users' rows came to: for each user the number of answers, the accuracy to expect, and whether that is enough."""
+"""What a fit of rows came to: for each user the number of answers, the accuracy to expect, and whether that is enough."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

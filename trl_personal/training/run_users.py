@@ -234,8 +234,8 @@ def say_what_moves(args: PersonalizationConfig, known: tuple[UserModel, UserVoca
     """
     if args.freeze == "shared" and known is None:
         raise ValueError(
-            '`freeze="shared"` trains the rows of users in a model that has been trained with users, and `model` has none. Name '
-            "the folder of such a model, or leave `freeze` out."
+            '`freeze="shared"` trains rows in a model that has been trained with users, and `model` has none. Name the folder '
+            "of such a model, or leave `freeze` out."
         )
     if known is not None and args.freeze == "nothing":
         logger.info(
