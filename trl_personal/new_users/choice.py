@@ -24,7 +24,9 @@ NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
 NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
 NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
 LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
-LEAST_GAIN_OF_FEW = -0.04  # the same with fewer than `MANY` pairs, which cannot make up for the doubt that they are by chance
+LEAST_GAIN_OF_FEW = (
+    -0.04
+)  # the same with fewer than `MANY` pairs, which cannot make up for the doubt that they are by chance
 MANY = 10  # pairs of a user, from which on they can tell between rows in the same direction
 SCALES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.9

@@ -94,7 +94,7 @@ def add_users(
     generic = bigger.get_rows([GENERIC_USER_INDEX])
     bigger.set_rows(new, {name: row.expand(len(new), *row.shape[1:]) for name, row in generic.items()})
     bos, template = causal_lm._soft_prompt_insertion.bos_token_id, causal_lm.user_profile_template
-    num_known = len(vocab)
+    num_known, joined = len(vocab), dict(causal_lm.joined_users)
 
     def start_rows(margins: RowMargins) -> Tensor:
         return margins.flat_rows([GENERIC_USER_INDEX]).expand(len(joining), -1)
@@ -114,7 +114,8 @@ def add_users(
     if rows is not None:
         bigger.set_rows(new, rows)
     detach_user_model(model)
-    attach_user_model(model, bigger, extended, bos, template)
+    facts = {user.user_id: {"num_pairs": user.num_pairs} for user in fitted.users}
+    attach_user_model(model, bigger, extended, bos, template, joined | facts)
     logger.info("%d users have joined the %d that the model knew. %s", len(joining), num_known, fitted.summary())
     return fitted
 

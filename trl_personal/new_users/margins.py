@@ -165,7 +165,7 @@ def row_margins(
     """
     causal_lm = get_base_model(model)
     bos, template = causal_lm._soft_prompt_insertion.bos_token_id, causal_lm.user_profile_template
-    trained = vars(causal_lm).get("training_settings")
+    trained, joined = vars(causal_lm).get("training_settings"), causal_lm.joined_users
     users = detach_user_model(model)
     try:
         with _left_as_found([part for part in (model, ref_model) if part is not None]):
@@ -187,7 +187,7 @@ def row_margins(
                 if is_personalized(model):
                     detach_user_model(model)
     finally:
-        attach_user_model(model, *users, bos, template)
+        attach_user_model(model, *users, bos, template, joined)
         causal_lm.training_settings = trained
 
 
