@@ -175,6 +175,8 @@ def _choose_for_one(
     best = _best_if_own(outcome, expected_if_own)
     if accuracies[best] < accuracies[0] + (LEAST_GAIN if len(own) >= MANY else LEAST_GAIN_OF_FEW):
         best = 0
+    if torch.equal(outcome[best] > 0, outcome[0] > 0):  # a row that changes no answer is nothing to trust
+        best = 0
     picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
     sampled = truth[picked]
     chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
