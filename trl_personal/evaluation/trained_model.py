@@ -159,7 +159,8 @@ def machine_settings(settings: Mapping[str, Any]) -> dict[str, bool]:
 def _rows_to_check(dataset: Dataset, user_column: str, profile_column: str | None, vocab: UserVocab | None) -> Dataset:
     """
     The train dataset of a trainer that does not train: the row with the shortest prompt, so that it is not empty, and the
-    longest row, which has to fit the model's positions. Unknown users become the generic user, whose prompt they get.
+    longest row, which has to fit the model's positions. A known user stands in for unknown ones, so that nobody is warned of
+    a training on the generic user that does not take place.
     """
     dataset = rows_that_teach(dataset, "evaluation")
     columns = [name for name in ("prompt", "chosen", "rejected", profile_column) if name in dataset.column_names]
@@ -174,5 +175,6 @@ def _rows_to_check(dataset: Dataset, user_column: str, profile_column: str | Non
     )
     if vocab is None:
         return rows
-    users = [user if user in vocab else None for user in iterate_user_ids(rows, user_column, "evaluation")]
+    stand_in = next(iter(vocab), None)
+    users = [user if user in vocab else stand_in for user in iterate_user_ids(rows, user_column, "evaluation")]
     return rows.remove_columns(user_column).add_column(user_column, users, feature=None)
