@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import DatasetDict
 
-from ..serving.writer import text_of_last
+from ..writing import text_of_last
 from ..user_profile import Prompt
 from .results import ModelEvaluation
 
