@@ -1,7 +1,7 @@
 """What the server asks of an engine, and nothing more: the transformers engine is one, vLLM's another."""
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -114,11 +114,24 @@ class Engine(Protocol):
         admin ([`UserAdmin`], *optional*): Changes users; `None` if the engine cannot.
     """
 
-    name: str
-    max_tokens: int | None
-    has_chat_template: bool
-    has_profiles: bool
-    admin: UserAdmin | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_tokens(self) -> int | None: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    @property
+    def has_profiles(self) -> bool: ...
+
+    @property
+    def admin(self) -> UserAdmin | None: ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can answer; `/health` says so."""
 
     @property
     def num_users(self) -> int:
@@ -140,7 +153,7 @@ class Engine(Protocol):
             where the model was trained without.
         """
 
-    def generate(self, job: Job) -> AsyncIterator[Piece]:
+    def generate(self, job: Job) -> AsyncGenerator[Piece]:
         """
         The answer, piece by piece; at least one piece comes, the last one has a `finish_reason`. Closing the iterator
         (`aclose`), as the server does when a client has gone, ends the work on it.
