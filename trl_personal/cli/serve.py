@@ -27,6 +27,7 @@ def run_serve(arguments: Namespace) -> None:
             arguments.model,
             name=arguments.name,
             plain=arguments.no_users,
+            ref_model=arguments.ref_model,
             max_rows=arguments.max_rows,
             max_batch_tokens=arguments.max_batch_tokens,
             dtype=arguments.dtype,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.saving import embedding_size, get_base_model, is_personalized
 from ..serving.interface import EngineError, Job, Messages, Piece, RequestError, UserAdmin
+from ..user_models import UserModel
 from ..user_profile import render_user_profile, require_template
 from ..users import UserVocab
 from ..writing import encode_prompts
@@ -172,12 +173,21 @@ class TransformersEngine:
             self._changed.notify()
         return future.result()
 
-    def set_users(self, user_model: Any, user_vocab: UserVocab) -> None:
-        """Other users from the next prompt on. Answers in progress have their soft prompts in their caches."""
+    def set_users(self, user_model: UserModel, user_vocab: UserVocab, joined_users: Mapping[str, Any]) -> None:
+        """
+        Other users from the next prompt on. Answers in progress have their soft prompts in their caches already.
+
+        Args:
+            user_model ([`UserModel`]): Their rows.
+            user_vocab ([`UserVocab`]): Whose row is which.
+            joined_users (`Mapping`): What is known of those who came after the shared training.
+        """
+        user_model.to(next(self._causal_lm.user_model.parameters()).device)
 
         def swap() -> None:
             self._causal_lm.user_model = user_model
             self._causal_lm.user_vocab = self._vocab = user_vocab
+            self._causal_lm.joined_users = dict(joined_users)
 
         self.call_between_tokens(swap)
 
@@ -213,7 +223,7 @@ class TransformersEngine:
                     future.set_exception(error)
             self._let_in()
             if self._batches:
-                self._turn(self._batches.popleft())
+                self._turn(self._batches[0])
             self._hand_over()
         for row in [*self._new, *self._waiting, *(row for batch in self._batches for row in batch.rows)]:
             self._tell(row, EngineError("The engine has stopped."))
@@ -262,28 +272,22 @@ class TransformersEngine:
         return len(row.job.prompt_ids) + self._writer.num_virtual_tokens + row.job.sampling.max_tokens
 
     def _turn(self, batch: Batch) -> None:
-        """Write the next tokens of a batch, until something else is to be done."""
-        batch.drop_done()
-        if not batch.rows:
-            return
-        others, num_tokens = bool(self._batches), batch.num_left
-        if others:
-            num_tokens = min(num_tokens, TOKENS_IN_TURN)
-        has_room = bool(self._waiting)  # then those who wait did not fit in: one may, once a row is done
-
-        def is_over() -> bool:
-            self._hand_over()
-            num_done = sum(row.is_done for row in batch.rows)
-            return (
-                bool(self._new or self._calls or self._is_stopping)
-                or num_done > 0
-                and (has_room or num_done * 4 >= len(batch.rows))
-            )
-
-        self._try(batch.rows, lambda: self._writer.go_on(batch, num_tokens, is_over))
+        """Write the next tokens of the first batch, until something else is to be done; then it is the last."""
         batch.drop_done()
         if batch.rows:
-            self._batches.append(batch)
+            num_tokens = min(batch.num_left, TOKENS_IN_TURN) if len(self._batches) > 1 else batch.num_left
+            self._try(batch.rows, lambda: self._writer.go_on(batch, num_tokens, lambda: self._is_over(batch)))
+            batch.drop_done()
+        self._batches.rotate(-1)
+        if not batch.rows:
+            self._batches.pop()
+
+    def _is_over(self, batch: Batch) -> bool:
+        """Whether a batch at work is to stop after this token: something came, or rows are done and room is wanted."""
+        self._hand_over()
+        num_done = sum(row.is_done for row in batch.rows)
+        is_wanted = bool(self._waiting) or num_done * 4 >= len(batch.rows)
+        return bool(self._new or self._calls or self._is_stopping) or (num_done > 0 and is_wanted)
 
     def _try(self, rows: list[Row], write: Callable[[], Result]) -> Result | None:
         """What `write` returns; where it fails, the rows do, and the engine goes on with others."""
