@@ -9,59 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS, make_model, make_tokenizer
-from peft import LoraConfig, get_peft_model
+from conftest import WORDS
+from engines import USERS, generate_alone, make_engine, make_tasks
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig
 
-from trl_personal import (
-    IndividualUserModel,
-    LowRankUserModel,
-    LowRankUserModelConfig,
-    UserModelConfig,
-    UserVocab,
-    attach_user_model,
-)
+from trl_personal import UserVocab
 from trl_personal.engine.batch import Batch
 from trl_personal.engine.rows import Row, StopTexts, TextStream
 from trl_personal.engine.transformers import TransformersEngine
 from trl_personal.serving.interface import EngineError, Job, Piece, RequestError, Sampling
-
-
-USERS = [f"user {number}" for number in range(16)]
-CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-def make_users(num_users, width=32, seed=0, kind=IndividualUserModel):
-    torch.manual_seed(seed)
-    config = (LowRankUserModelConfig if kind is LowRankUserModel else UserModelConfig)(num_users, 3, width)
-    user_model = kind(config)
-    for parameter in user_model.parameters():
-        parameter.data.normal_()
-    return user_model
-
-
-def make_engine(family="llama", users=USERS, lora=False, model=None, **kwargs):
-    model = make_model(family) if model is None else model
-    tokenizer = make_tokenizer(family == "llama")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    if lora:
-        targets = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **targets))
-    if users is not None:
-        attach_user_model(model, make_users(len(users)), UserVocab(users))
-    return TransformersEngine(model.eval(), tokenizer, "tiny", **kwargs)
-
-
-def make_prompt(rng, length):
-    return " ".join(rng.choices(WORDS[3:], k=length))
-
-
-def generate_alone(engine, text, user, num_tokens, **kwargs):
-    ids = torch.tensor([engine.encode(text)])
-    of_user = {} if user is None else {"user_ids": [user]}
-    options = {"do_sample": False, "max_new_tokens": num_tokens, "attention_mask": torch.ones_like(ids)} | kwargs
-    output = engine.model.generate(ids, **of_user, **options)
-    return engine._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 async def answer(engine, text, user, sampling, **kwargs):
@@ -78,11 +34,6 @@ def run(engine, work):
             await engine.stop()
 
     return asyncio.run(asyncio.wait_for(whole(), 60))
-
-
-def make_tasks(number=64, seed=0):
-    rng = random.Random(seed)
-    return [(make_prompt(rng, rng.randint(1, 20)), rng.choice(USERS), rng.randint(1, 24)) for _ in range(number)]
 
 
 async def answer_all(engine, tasks, pause=0.004):

@@ -90,6 +90,8 @@ class KeyFile:
         self.path = Path(path)
         self._status: tuple[int, int, int] | None = None
         self._keys: dict[str, Key] = {}
+        if not self.path.is_file():
+            raise FileNotFoundError(f"There is no {self.path.name} in {self.path.parent}. Make it with `trl-personal key`.")
         self._read_if_changed()
 
     def find(self, token: str) -> Key | None:
