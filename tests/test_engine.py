@@ -17,6 +17,7 @@ from trl_personal import UserVocab
 from trl_personal.engine.batch import Batch
 from trl_personal.engine.rows import Row, StopTexts, TextStream
 from trl_personal.engine.transformers import TransformersEngine
+from trl_personal.models.known_users import KnownUsers
 from trl_personal.serving.interface import EngineError, Job, Piece, RequestError, Sampling
 
 
@@ -63,11 +64,11 @@ def test_64_requests_of_16_users_while_users_come_and_go():
     def change():
         while not stop.is_set():
             more = first.resize(20)
-            engine.set_users(more, UserVocab([*USERS, *"abcd"]), {})
+            engine.set_users(KnownUsers(more, UserVocab([*USERS, *"abcd"])))
             order = random.Random(1).sample(range(1, 21), 20)
             vocab = UserVocab([more_users[row - 1] for row in order])
-            engine.set_users(more.keep_rows(order), vocab, {})
-            engine.set_users(first, UserVocab(USERS), {})
+            engine.set_users(KnownUsers(more.keep_rows(order), vocab))
+            engine.set_users(KnownUsers(first, UserVocab(USERS)))
 
     more_users = [*USERS, *"abcd"]
 
@@ -95,7 +96,7 @@ def test_a_user_who_has_left_is_unknown_and_one_who_has_joined_is_not():
             (engine._causal_lm.user_model, USERS),
             (engine._causal_lm.user_model.keep_rows([1, 2]), USERS[:2]),
         ):
-            await asyncio.to_thread(engine.set_users, user_model, UserVocab(users), {})
+            await asyncio.to_thread(engine.set_users, KnownUsers(user_model, UserVocab(users)))
             job = Job(engine.encode("please write"), Sampling(8, 0.0), "user 3")
             text = "".join([piece.text async for piece in engine.generate(job)])
             found.append((text, job.answered_for, engine.knows("user 3"), engine.num_users))

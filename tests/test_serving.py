@@ -19,7 +19,10 @@ import pytest
 import uvicorn
 from engines import generate_alone, make_engine, make_tasks
 
+from trl_personal import AutoPersonalizedModelForCausalLM
 from trl_personal.cli import main
+from trl_personal.engine.loading import load_engine
+from trl_personal.models.generation import PersonalizedGeneration
 from trl_personal.serving.gate import Limits
 from trl_personal.serving.interface import EngineError, Piece
 from trl_personal.serving.keys import KeyFile, add_key, read_keys
@@ -582,3 +585,73 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["serve", str(tmp_path)]) == 1
     assert "pip install trl-personal[serve]" in capsys.readouterr().err
+
+
+# --- Users who come and go --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model with 16 users."""
+    engine = make_engine()
+    engine.model.save_pretrained(tmp_path / "out")
+    engine._tokenizer.save_pretrained(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def admin(client, route, **body):
+    return client.post(f"/v1/users/{route}", json=body, timeout=60)
+
+
+def test_users_leave_and_take_their_rows_along(folder, tmp_path):
+    """A user who has left is unknown at once and after a restart, and is back after an import."""
+    path = tmp_path / "keys.json"
+    headers = {"Authorization": f"Bearer {add_key(path, 'root', None, is_admin=True)}"}
+    ask = {"prompt": PROMPT, "user": "user 3", **GREEDY}
+    found = []
+    for number in range(2):
+        engine = load_engine(str(folder))
+        with serving(engine, KeyFile(path)) as address, httpx.Client(base_url=address, headers=headers) as client:
+            if number == 0:
+                found.append(client.post("/v1/completions", json=ask).json())
+                rows = admin(client, "export", user_ids=["user 3"])
+                assert rows.headers["content-type"] == "application/octet-stream"
+                (tmp_path / "rows.safetensors").write_bytes(rows.content)
+                unknown = admin(client, "remove", user_ids=["nobody"])
+                assert unknown.status_code == 400
+                gone = admin(client, "remove", user_ids=["user 3"]).json()
+                assert gone == {"num_removed": 1, "num_users": 15, "is_saved": True}
+            found.append(client.post("/v1/completions", json=ask).json())
+    assert [answer["answered_for"] for answer in found] == ["user", "unknown", "unknown"]
+    assert found[1]["choices"] == found[2]["choices"] != found[0]["choices"]
+    model = AutoPersonalizedModelForCausalLM.from_pretrained(folder)
+    model.import_users(tmp_path / "rows.safetensors")
+    reference = make_engine()
+    reference.model = model
+    assert generate_alone(reference, PROMPT, "user 3", 12) == found[0]["choices"][0]["text"]
+
+
+@pytest.mark.skipif(not hasattr(PersonalizedGeneration, "add_users"), reason="users do not join yet")
+def test_users_join_and_are_updated_while_others_are_answered(folder, tmp_path):
+    path = tmp_path / "keys.json"
+    headers = {"Authorization": f"Bearer {add_key(path, 'root', None, is_admin=True)}"}
+    expected = generate_alone(make_engine(), PROMPT, "user 1", 12)
+    pairs = [{"user_id": "eve", "prompt": PROMPT, "chosen": " yes", "rejected": " no no"} for _ in range(6)]
+    engine = load_engine(str(folder), ref_model=str(folder))
+    with serving(engine, KeyFile(path)) as address, httpx.Client(base_url=address, headers=headers) as client:
+        with ThreadPoolExecutor() as pool:
+            joining = pool.submit(admin, client, "join", pairs=pairs, user_ids=["zoe"])
+            beside = []
+            while not joining.done():
+                answer = client.post("/v1/completions", json={"prompt": PROMPT, "user": "user 1", **GREEDY})
+                beside.append(answer.json()["choices"][0]["text"])
+        joined = joining.result().json()
+        assert (joined["num_users"], [user["user_id"] for user in joined["users"]]) == (18, ["zoe", "eve"])
+        assert set(beside) == {expected}
+        updated = admin(client, "update", pairs=pairs).json()
+        assert updated["num_users"] == 18
+        assert admin(client, "join", pairs=pairs).status_code == 400
+        answer = client.post("/v1/completions", json={"prompt": PROMPT, "user": "eve", **GREEDY}).json()
+        assert answer["answered_for"] == "user"
+    saved = AutoPersonalizedModelForCausalLM.from_pretrained(folder)
+    assert [*saved.user_vocab][16:] == ["zoe", "eve"]

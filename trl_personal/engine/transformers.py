@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ..models.known_users import KnownUsers, set_known_users
 from ..models.saving import embedding_size, get_base_model, is_personalized
 from ..serving.interface import EngineError, Job, Messages, Piece, RequestError, UserAdmin
-from ..user_models import UserModel
 from ..user_profile import render_user_profile, require_template
 from ..users import UserVocab
 from ..writing import encode_prompts
@@ -173,21 +173,13 @@ class TransformersEngine:
             self._changed.notify()
         return future.result()
 
-    def set_users(self, user_model: UserModel, user_vocab: UserVocab, joined_users: Mapping[str, Any]) -> None:
-        """
-        Other users from the next prompt on. Answers in progress have their soft prompts in their caches already.
-
-        Args:
-            user_model ([`UserModel`]): Their rows.
-            user_vocab ([`UserVocab`]): Whose row is which.
-            joined_users (`Mapping`): What is known of those who came after the shared training.
-        """
-        user_model.to(next(self._causal_lm.user_model.parameters()).device)
+    def set_users(self, users: KnownUsers) -> None:
+        """Other users from the next prompt on. Answers in progress have their soft prompts in their caches already."""
+        users.user_model.to(next(self._causal_lm.user_model.parameters()).device)
 
         def swap() -> None:
-            self._causal_lm.user_model = user_model
-            self._causal_lm.user_vocab = self._vocab = user_vocab
-            self._causal_lm.joined_users = dict(joined_users)
+            set_known_users(self._causal_lm, users)
+            self._vocab = users.user_vocab
 
         self.call_between_tokens(swap)
 

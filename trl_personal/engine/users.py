@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.loading import find_user_model, load_user_model
-from ..models.saving import get_base_model
+from ..models.folder_users import write_known_users
+from ..models.known_users import KnownUsers, known_users
+from ..models.loading import load_user_model
+from ..models.saving import USER_MODEL_FOLDER, get_base_model
 from ..serving.interface import RequestError
 from ..user_models.base import read_user_model_config
 from .transformers import TransformersEngine
@@ -79,23 +82,17 @@ class ModelUsers:
         with as_request_errors():
             model = with_same_weights(self._engine.model)
             told = change(model)
-        causal_lm = get_base_model(model)
-        user_model = causal_lm.user_model
+        users = known_users(model)
         if self._folder is not None:
-            user_model = self._write(model)
-        self._engine.set_users(user_model, causal_lm.user_vocab, causal_lm.joined_users)
-        return {**told, "num_users": len(causal_lm.user_vocab), "is_saved": self._folder is not None}
+            users = self._write(self._folder, users)
+        self._engine.set_users(users)
+        return {**told, "num_users": len(users.user_vocab), "is_saved": self._folder is not None}
 
-    def _write(self, model: Any) -> Any:
-        """Write the users to the folder; returns their user model with tables mapped from there."""
-        from ..models.folder_users import write_known_users
-        from ..models.known_users import known_users
-
-        assert self._folder is not None
-        user_folder = find_user_model(str(self._folder))
-        assert user_folder is not None
-        write_known_users(self._folder, known_users(model), read_user_model_config(user_folder))
-        return load_user_model(user_folder, map_users=True)[0]
+    def _write(self, folder: Path, users: KnownUsers) -> KnownUsers:
+        """Write users to the folder; returns them with their tables mapped from there."""
+        user_folder = folder / USER_MODEL_FOLDER
+        write_known_users(folder, users, read_user_model_config(user_folder))
+        return replace(users, user_model=load_user_model(user_folder, map_users=True)[0])
 
 
 @contextmanager

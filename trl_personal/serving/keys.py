@@ -91,7 +91,9 @@ class KeyFile:
         self._status: tuple[int, int, int] | None = None
         self._keys: dict[str, Key] = {}
         if not self.path.is_file():
-            raise FileNotFoundError(f"There is no {self.path.name} in {self.path.parent}. Make it with `trl-personal key`.")
+            raise FileNotFoundError(
+                f"There is no {self.path.name} in {self.path.parent}. Make it with `trl-personal key`."
+            )
         self._read_if_changed()
 
     def find(self, token: str) -> Key | None:
