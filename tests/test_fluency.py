@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from trl_personal import UserVocab, attach_user_model
+from trl_personal import AutoPersonalizedModelForCausalLM, UserVocab, attach_user_model, detach_user_model
 from trl_personal.evaluation import answers_by_user, base_answers, nats_per_token, reference_policy, with_wish
 from trl_personal.evaluation.answer_features import ANSWER_FEATURES, answer_features, check_answers, describe_answers
 from trl_personal.evaluation.fluency import answer_log_probs
@@ -102,6 +102,25 @@ def test_the_reference_policy_is_the_model_that_training_started_from(make_train
     np.testing.assert_allclose(found, nats_per_token(start, tokenizer, PROMPTS, expected), atol=1e-4)
     assert is_personalized(trainer.model)
     assert answers_by_user(trainer.model, tokenizer, PROMPTS, ["ann", None], **options) == before
+
+
+def test_training_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(make_trainer, tmp_path):
+    first = make_trainer("llama", lora=True)
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    tokenizer = first._tokenizer
+    detach_user_model(first.model)
+    expected = nats_per_token(first.model, tokenizer, PROMPTS, ANSWERS)
+    model = AutoPersonalizedModelForCausalLM.from_pretrained(str(tmp_path / "first"), is_trainable=True)
+    second = make_trainer("llama", trainer_kwargs={"model": model, "processing_class": tokenizer})
+    second.train()
+    assert "ref" in second.model.peft_config
+    with reference_policy(second) as reference:
+        found = nats_per_token(reference, tokenizer, PROMPTS, ANSWERS)
+    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)
+    assert second.model.active_adapter == "default"
+    detach_user_model(second.model)
+    assert not np.allclose(nats_per_token(second.model, tokenizer, PROMPTS, ANSWERS)[:2], expected[:2], atol=1e-3)
 
 
 def test_users_with_one_wish_share_the_bases_answers(tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from trl_personal.evaluation import evaluate_trainer
+from trl_personal.evaluation import evaluate_trainer, nats_per_token, reference_policy
 
 
 OPPOSITE = {"ann": "bo", "bo": "ann"}
@@ -63,6 +63,32 @@ def test_rows_of_users_equal_hand_computation(trainers, test_rows):
     ]
     assert ann["accuracy_swapped"] == ann["accuracy_opposite"]  # there are two users
     assert json.dumps(found, allow_nan=False)
+
+
+def test_base_answers_and_wishes_give_fluency(trainers, test_rows):
+    trainer, _ = trainers
+    answers, prompts = (
+        {"ann": ["yes no", "yes"], "bo": ["i like dogs", ""], None: ["no", "no"]},
+        ["the story", "please write"],
+    )
+    wishes, base = {"ann": "please short"}, {None: ["yes", "no"], "ann": ["yes", "the end"]}
+    options = {"prompts": prompts, "answers": answers, "base_answers": base, "wishes": wishes}
+    evaluation = evaluate_trainer(trainer, test_rows, **options)
+    ann, bo = evaluation.answers_report.users
+    with reference_policy(trainer) as reference:
+        own, others = (
+            nats_per_token(reference, trainer._tokenizer, prompts, texts["ann"], "please short")
+            for texts in (answers, base)
+        )
+        of_bo = nats_per_token(reference, trainer._tokenizer, prompts, answers["bo"])
+    assert ann.means["nats_per_token"].value == pytest.approx(own.mean(), abs=1e-4)
+    assert ann.minus_base["nats_per_token"].value == pytest.approx((own - others).mean(), abs=1e-4)
+    assert evaluation.user_rows()[1]["nats_per_token"] == pytest.approx(of_bo[0], abs=1e-4)
+    assert evaluation.to_dict()["samples"][0]["reference"] == "yes"
+    judged = evaluate_trainer(
+        trainer, test_rows, **options, judge=lambda prompts, pairs: [0] * len(pairs)
+    ).judge_report
+    assert (judged.judge, judged.users["ann"].ties) == ("The judge", 2)
 
 
 def test_majority_counts_within_dimensions(trainers, test_rows):

@@ -32,8 +32,10 @@ class NamedProgressCallback(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.name)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_prediction_step(args, state, control, **kwargs)
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description(f"{self.name}: scoring pairs", refresh=False)
 
