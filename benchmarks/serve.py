@@ -4,8 +4,8 @@ What users cost a server: throughput, waits and memory, over loopback.
     python benchmarks/serve.py --model_name_or_path FOLDER [--clients 1 4 16 64] [--rounds 5]
     python benchmarks/serve.py --model_name_or_path FOLDER --table individual --num_users 100000 --output_dir FOLDER
 
-The first measures tokens a second of one server, with T tokens of a user in front of each prompt, and of the same server on the
-language model alone, whose prompts are T ordinary tokens longer; the two take turns. The second makes up a table of users, and
+The first measures tokens a second of a server, with T tokens of a user in front of each prompt, and of the same server on the
+language model alone, whose prompts are T ordinary tokens longer; the two take turns. The second makes up a table of users and
 measures what it adds to memory and start-up, and the first token of users who were not asked for before. Both start
 `trl-personal serve` as processes of their own, and end after the numbers of requests and seconds that are set.
 """
@@ -117,7 +117,7 @@ async def ask_all(address: str, bodies: list[dict], num_clients: int) -> dict:
 
 
 def measure_throughput(args: argparse.Namespace) -> None:
-    """The median ratio of tokens a CPU second and of tokens a second, users over ordinary tokens, for each number of clients."""
+    """For each number of clients the median ratios, users over ordinary tokens, of tokens a second and a CPU second."""
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     config = json.loads(Path(args.model_name_or_path, "user_model", "user_model_config.json").read_text())
     users = list(UserVocab.from_pretrained(Path(args.model_name_or_path, "user_model")))
@@ -221,7 +221,9 @@ def make_folder(name: str, folder: Path, kind: str, num_users: int) -> None:
     """The language model of a folder with a made-up table, unless it is there already."""
     if (folder / "user_model" / "user_model_config.json").is_file():
         return
-    shutil.copytree(name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("user_model", "vanilla", "warmed_up"))
+    shutil.copytree(
+        name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("user_model", "vanilla", "warmed_up")
+    )
     width = AutoConfig.from_pretrained(folder).hidden_size
     config_class = LowRankUserModelConfig if kind == "low_rank" else UserModelConfig
     user_model = get_user_model_class(kind)(config_class(num_users, 10, width))
@@ -231,7 +233,6 @@ def make_folder(name: str, folder: Path, kind: str, num_users: int) -> None:
     vocab = UserVocab([f"user-{number}" for number in range(num_users)])
     vocab.save_pretrained(folder / "user_model")
     user_model.save_files(folder / "user_model", language_model_files=language_model_files(folder))
-
 
 
 if __name__ == "__main__":

@@ -242,6 +242,10 @@ def test_keys_come_and_go_while_the_server_runs(tmp_path):
     path.write_text(json.dumps({"keys": entries["keys"][1:]}))
     assert keys.find(first) is None
     assert keys.find(second) is not None
+    path.write_text("{")  # while somebody edits it
+    assert keys.find(second) is not None
+    path.write_text(json.dumps(entries))
+    assert keys.find(first) is not None
     assert path.stat().st_mode & 0o77 == 0
     assert first not in path.read_text()
     assert first.rpartition("_")[2] not in path.read_text()
@@ -389,6 +393,21 @@ def test_a_body_that_is_too_large_or_too_slow():
         ]
 
     assert ask_app(app, work) == [413, 413, 408]
+
+
+def test_administrators_may_send_more(tmp_path):
+    path = tmp_path / "keys.json"
+    secrets = [add_key(path, "app", None), add_key(path, "root", None, is_admin=True)]
+    app = create_app(SlowEngine(), KeyFile(path), Limits(max_body_bytes=1000, max_admin_body_bytes=3000))
+
+    async def work(client):
+        found = []
+        for number, secret in [(1500, secrets[0]), (1500, secrets[1]), (4000, secrets[1])]:
+            headers = {"Authorization": f"Bearer {secret}"}
+            found.append(await client.post("/v1/users/remove", json={"user_ids": ["a" * number]}, headers=headers))
+        return [answer.status_code for answer in found]
+
+    assert ask_app(app, work) == [413, 400, 413]
 
 
 def test_too_many_answers_at_once(tmp_path):

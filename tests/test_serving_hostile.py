@@ -1,4 +1,4 @@
-"""Requests that mean harm, and servers that are killed: nothing crashes, nothing hangs, and every refusal is a status of 4xx."""
+"""Requests that mean harm, and servers that are killed: nothing crashes or hangs, and every refusal is a status of 4xx."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def random_request(rng):
 
 
 def test_500_random_requests(hostile):
-    """A seeded fuzz: statuses of 2xx and 4xx alone (501 from the routes of administrators, which this engine does not have)."""
+    """A seeded fuzz: statuses of 2xx and 4xx alone (501 from the routes of administrators, as this engine has none)."""
     address, _, secret, root = hostile
     rng, statuses = random.Random(0), []
     with httpx.Client(base_url=address, timeout=25) as client:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_body
+from .keys import KeyFile
 from .metrics import Metrics
 
 
@@ -59,12 +60,12 @@ class Gate:
         app (`ASGIApp`): What is behind it.
         limits ([`Limits`]): Those of bodies hold here.
         metrics ([`Metrics`]): Counts requests.
-        local_only (`bool`): Whether the `Host` must be this machine: where there are no keys, a page in a browser could
-            reach the server under a name of its own otherwise.
+        keys ([`KeyFile`], *optional*): Administrators may send larger bodies. Where there are no keys, the `Host` must be this
+            machine: a page in a browser could reach the server under a name of its own otherwise.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, local_only: bool) -> None:
-        self.app, self.limits, self.metrics, self.local_only = app, limits, metrics, local_only
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, keys: KeyFile | None) -> None:
+        self.app, self.limits, self.metrics, self.keys = app, limits, metrics, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
@@ -85,11 +86,12 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope, headers)
+            max_bytes = self._max_bytes(scope, headers)
+            refusal = self._refusal(headers, max_bytes)
             if refusal is not None:
                 await refusal(scope, receive, send_with_id)
             else:
-                await self.app(scope, self._limited(scope, receive), send_with_id)
+                await self.app(scope, self._limited(receive, max_bytes), send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.monotonic() - started
@@ -97,20 +99,23 @@ class Gate:
             self.metrics.seconds.labels(route).observe(seconds)
             logger.info("%s %s %s %d %.3f s", request_id, scope["method"][:10], route, status, seconds)
 
-    def _max_bytes(self, scope: Scope) -> int:
-        is_admin = scope["path"].startswith(ADMIN_ROUTES)
-        return self.limits.max_admin_body_bytes if is_admin else self.limits.max_body_bytes
+    def _max_bytes(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        if self.keys is not None and scope["path"].startswith(ADMIN_ROUTES):
+            key = self.keys.find_in_header(headers.get(b"authorization", b"").decode("latin-1"))
+            if key is not None and key.is_admin:
+                return self.limits.max_admin_body_bytes
+        return self.limits.max_body_bytes
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
-        if self.local_only and _host_name(headers.get(b"host", b"")) not in LOOPBACK:
+    def _refusal(self, headers: dict[bytes, bytes], max_bytes: int) -> JSONResponse | None:
+        if self.keys is None and _host_name(headers.get(b"host", b"")) not in LOOPBACK:
             message = "The server has no keys, so it answers this machine only. Ask it as localhost, or start it with --keys."
             return JSONResponse(error_body(403, message), 403)
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:18]) > self._max_bytes(scope):
-            return JSONResponse(error_body(413, _too_large(self._max_bytes(scope))), 413, {"Connection": "close"})
+        if length.isdigit() and int(length[:18]) > max_bytes:
+            return JSONResponse(error_body(413, _too_large(max_bytes)), 413, {"Connection": "close"})
         return None
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, max_bytes: int) -> Receive:
         """`receive` that lets no more than the body that is allowed through, and not too slowly."""
         num_bytes, is_whole = 0, False
         deadline = time.monotonic() + self.limits.max_body_seconds
@@ -125,8 +130,8 @@ class Gate:
                 raise HTTPException(408, "The body of the request did not come in time.") from error
             num_bytes += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
-            if num_bytes > self._max_bytes(scope):
-                raise HTTPException(413, _too_large(self._max_bytes(scope)), {"Connection": "close"})
+            if num_bytes > max_bytes:
+                raise HTTPException(413, _too_large(max_bytes), {"Connection": "close"})
             return message
 
         return limited

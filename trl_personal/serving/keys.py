@@ -8,6 +8,7 @@ A key has 256 random bits, so that a salted SHA-256 says nothing about it. (Slow
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 
 from ..files import read_json, write_atomically
 
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "tp"
 SHORTEST_NAME, LONGEST_NAME = 1, 64
@@ -107,12 +110,22 @@ class KeyFile:
         found = _digest(key.salt, secret)
         return key if hmac.compare_digest(found.encode(), key.digest.encode()) else None
 
+    def find_in_header(self, authorization: str) -> Key | None:
+        """The key in an `Authorization` header, `Bearer KEY`; `None` if there is none that is in the file."""
+        scheme, _, token = authorization.partition(" ")
+        return self.find(token.strip()) if scheme.lower() == "bearer" else None
+
     def _read_if_changed(self) -> None:
-        found = os.stat(self.path)
-        status = (found.st_mtime_ns, found.st_size, found.st_ino)
-        if status != self._status:
-            self._keys = read_keys(self.path)
-            self._status = status
+        try:
+            found = os.stat(self.path)
+            status = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if status != self._status:
+                self._keys = read_keys(self.path)
+                self._status = status
+        except (OSError, ValueError):
+            if self._status is None:
+                raise
+            logger.error("The file of keys cannot be read any more. The keys that were in it before still hold.")
 
 
 def read_keys(path: Path) -> dict[str, Key]:

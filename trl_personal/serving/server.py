@@ -51,7 +51,7 @@ def create_app(engine: Engine, keys: KeyFile | None = None, limits: Limits | Non
     for path, methods, function, statuses in server.routes():
         app.add_api_route(path, function, methods=methods, responses=bodies(statuses), response_model=None)
     add_error_handlers(app)
-    app.add_middleware(Gate, limits=limits, metrics=server.metrics, local_only=keys is None)
+    app.add_middleware(Gate, limits=limits, metrics=server.metrics, keys=keys)
     return app
 
 
@@ -144,8 +144,7 @@ class Server:
         """
         if self.keys is None:
             return ANYBODY
-        scheme, _, token = (authorization or "").partition(" ")
-        key = self.keys.find(token.strip()) if scheme.lower() == "bearer" else None
+        key = self.keys.find_in_header(authorization or "")
         if key is None:
             message = "The request needs an API key that this server knows, as `Authorization: Bearer KEY`."
             raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
