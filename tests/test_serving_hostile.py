@@ -139,7 +139,7 @@ def random_request(rng):
     if rng.random() < 0.2:
         headers[rng.choice(["X-Request-Id", "Host", "Accept", "Content-Encoding", "Cookie"])] = "".join(
             rng.choices(string.ascii_letters + " ;,=()", k=rng.randint(0, 200))
-        )
+        ).strip()
     return (
         rng.choice(["POST"] * 8 + ["GET", "PUT", "DELETE"]),
         rng.choice([*ROUTES[:2] * 4, *ROUTES, "/", "/v1/%00"]),
