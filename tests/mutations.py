@@ -119,6 +119,62 @@ MUTATIONS = [
         "        write_known_users(folder, users, read_user_model_config(user_folder))\n",
         "",
         ("serving",),
+    # --- New users
+    Mutation(
+        "evidence without the width of the prior",
+        "new_users/fit.py",
+        "    prior = rank / 2 * math.log(hypothesis.precision) - ",
+        "    prior = 0 * math.log(hypothesis.precision) - ",
+        ("new_users",),
+    ),
+    Mutation(
+        "a new row is not the generic one",
+        "new_users/join.py",
+        "    bigger.set_rows(new, {name: row.expand",
+        "    bigger.set_rows(new, {name: 1.01 * row.expand",
+        ("new_users",),
+    ),
+    Mutation(
+        "the model in the trainer is left there",
+        "new_users/margins.py",
+        "        attach_user_model(model, *users, bos, template)\n",
+        "        attach_user_model(model, users[0].keep_rows(range(1, len(users[1]) + 1)), users[1], bos, template)\n",
+        ("new_users",),
+    ),
+    Mutation(
+        "hooks of a trainer stay",
+        "new_users/margins.py",
+        "                    vars(module)[name].update(kept)\n",
+        "                    pass\n",
+        ("new_users",),
+    ),
+    Mutation(
+        "noise counts once",
+        "new_users/fit.py",
+        "    return torch.log(noise + (1 - 2 * noise) * torch.sigmoid(beta * margins))",
+        "    return torch.log(noise + (1 - noise) * torch.sigmoid(beta * margins))",
+        ("new_users",),
+    ),
+    Mutation(
+        "known users may join again",
+        "new_users/join.py",
+        "    if known:\n        raise ValueError(",
+        "    if False:\n        raise ValueError(",
+        ("new_users",),
+    ),
+    Mutation(
+        "the generic row is trained where the rest is frozen",
+        "training/run_users.py",
+        "        table.weight.register_hook(_without_generic_row)",
+        "        pass",
+        ("new_users",),
+    ),
+    Mutation(
+        "a frozen training moves what is shared",
+        "training/run_users.py",
+        "    model.requires_grad_(False)\n    for table",
+        "    for table",
+        ("new_users",),
     ),
     # --- Users come and go
     Mutation(

@@ -57,8 +57,10 @@ ARROWS = {
     "training": {"models", "user_models", "user_column", "user_profile"},
     "evaluation": {"audit", "training", "writing", "models", "user_models", "user_column", "user_profile"},
     "removal": {"training", "models", "user_models"},
+    "new_users": {"evaluation", "training", "models", "user_models", "user_column"},
     "cli": {
         "audit",
+        "new_users",
         "data",
         "evaluation",
         "removal",

@@ -141,9 +141,25 @@ def run_verify(arguments: Namespace) -> None:
     )
 
 
+def run_add(arguments: Namespace) -> None:
+    """Let users join. (The language model, and the trainer that fits, are loaded for this and `update` alone.)"""
+    from .users_fit import run_users_add
+
+    run_users_add(arguments)
+
+
+def run_update(arguments: Namespace) -> None:
+    """Refine known users."""
+    from .users_fit import run_users_update
+
+    run_users_update(arguments)
+
+
 # a command of its own: a function here, and a parser of the same name in `cli.users_arguments`
 USERS_COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "list": run_list,
+    "add": run_add,
+    "update": run_update,
     "rename": run_rename,
     "copy": run_copy,
     "export": run_export,

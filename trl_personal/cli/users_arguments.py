@@ -4,11 +4,14 @@ from argparse import REMAINDER, SUPPRESS, ArgumentParser, Namespace, RawDescript
 from collections.abc import Callable, Sequence
 
 from .arguments import PROG, CommandParser
+from .users_fit_arguments import make_users_add_parser, make_users_update_parser
 
 
 USERS_EPILOG = """\
 commands:
   list      the users, how they came in, and how far their soft prompts are from the generic one
+  add       let new users join: their rows are fitted to their pairs
+  update    refine known users by more of their pairs
   rename    give a user another id
   copy      a second user with the same row
   export    write users' rows to a file
@@ -137,6 +140,8 @@ def _make_verify_parser() -> CommandParser:
 # a command of its own: a parser here, and a function of the same name in `cli.users`
 USERS_PARSERS: dict[str, Callable[[], CommandParser]] = {
     "list": _make_list_parser,
+    "add": make_users_add_parser,
+    "update": make_users_update_parser,
     "rename": _make_rename_parser,
     "copy": _make_copy_parser,
     "export": _make_export_parser,

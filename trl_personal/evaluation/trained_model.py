@@ -80,7 +80,40 @@ def make_scoring_trainer(
             "relative to that one. Name it with `--ref_model` (a folder, or a name on the hub)."
         )
     load: Any = AutoPersonalizedModelForCausalLM.from_pretrained if find_user_model(name) else load_language_model
-    model = load(name, **model_kwargs)
+    reference: Any = None if ref_model is None else load_language_model(ref_model, **model_kwargs)
+    return scoring_trainer_around(
+        load(name, **model_kwargs),
+        AutoProcessor.from_pretrained(processor_name(name)),
+        dataset,
+        settings,
+        ref_model=reference,
+        batch_size=batch_size,
+        disable_tqdm=disable_tqdm,
+    )
+
+
+def scoring_trainer_around(
+    model: Any,
+    processing_class: Any,
+    dataset: Dataset,
+    settings: Mapping[str, Any],
+    *,
+    ref_model: Any = None,
+    batch_size: int = 8,
+    disable_tqdm: bool = False,
+) -> PersonalizedDPOTrainer:
+    """
+    [`make_scoring_trainer`] for a model that is in memory already, which is then in the trainer. `ref_model` is one too.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, with users or without.
+        processing_class: Its tokenizer or processor.
+        dataset (`Dataset`): The pairs to score.
+        settings (`Mapping`): The settings of the training.
+        ref_model (`PreTrainedModel`, *optional*): The reference; by default the base model of an adapter.
+        batch_size (`int`, *optional*, defaults to `8`): The number of pairs that are scored at once.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to show no progress bars.
+    """
     user_settings: dict[str, Any] = {"user_model_kind": "none"}
     vocab: UserVocab | None = None
     if is_personalized(model):
@@ -100,14 +133,13 @@ def make_scoring_trainer(
         gradient_checkpointing=False,
         report_to="none",
     )
-    reference: Any = None if ref_model is None else load_language_model(ref_model, **model_kwargs)
     trainer = PersonalizedDPOTrainer(
         model=model,
-        ref_model=reference,
+        ref_model=ref_model,
         args=args,
         train_dataset=_rows_to_check(dataset, args.user_id_column, args.user_profile_column, vocab),
         eval_dataset={PAIRS: with_row_numbers(dataset)},
-        processing_class=AutoProcessor.from_pretrained(processor_name(name)),
+        processing_class=processing_class,
         user_vocab=vocab,
     )
     trainer.remove_callback(PrinterCallback)

@@ -124,6 +124,7 @@ class AutoPersonalizedModelForCausalLM:
         joined = read_joined(user_folder, config)
         attach_user_model(model, user_model, user_vocab, config.get("bos_token_id"), template, joined)
         remember_saved(model, config)
+        causal_lm.user_model_folder = str(folder)
         return (model, info) if kwargs.get("output_loading_info") else model
 
 

@@ -18,6 +18,7 @@ from ..user_models.base import CONFIG_FILE
 from ..users import JOINED_FILE, UserVocab
 from .folder_checks import BASE_FILES_ENTRY, LM_FILES_ENTRY, base_model_files, language_model_files
 from .joined import write_joined
+from .joining import JoiningUsers
 
 
 USER_MODEL_FOLDER = "user_model"
@@ -35,7 +36,7 @@ def is_personalized(model: nn.Module) -> bool:
     return isinstance(get_base_model(model), PersonalizedSaving)
 
 
-class PersonalizedSaving:
+class PersonalizedSaving(JoiningUsers):
     """Added in front of a model's class by [`attach_user_model`]: writes the user model beside the language model."""
 
     def save_pretrained(

@@ -14,6 +14,7 @@ from ..user_profile import USER_PROFILE_TEMPLATE, check_user_profile_template
 GENERIC_TERMS = ("exact", "sampled")
 SHARE_PREFIX = ("auto", "always", "never")
 ON_DIVERGENCE = ("stop", "warn")
+FREEZE = ("nothing", "shared")
 MAY_BE_INFINITE = {"max_grad_norm"}  # no clipping
 LOWEST = {
     0: ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed"),
@@ -55,6 +56,10 @@ class PersonalizationConfig:
             Learning rate of all weights of the user model. If it is not set, each has a rate of its own, so that soft prompts
             move by about 0.03 standard deviations of the language model's token embeddings in a step of Adam
             ([`UserModel.units`]); at a `learning_rate` of 0 nothing moves. 0 leaves users as they are.
+        freeze (`str`, *optional*, defaults to `"nothing"`):
+            `"shared"` trains nothing but the rows of users: the language model or adapter, what users share and the generic
+            user stay as they are, to the last bit, and with them every user who is not in the training data. The loss is
+            then the user's term alone. For a model that has users already.
         on_divergence (`str`, *optional*, defaults to `"stop"`):
             What happens when weights or users' rows are no finite numbers any more: `"stop"` ends the run with an error that
             says which and since when, `"warn"` goes on.
@@ -104,6 +109,13 @@ class PersonalizationConfig:
         },
     )
 
+    freeze: str = field(
+        default="nothing",
+        metadata={
+            "help": "What stays as it is: nothing, or all that users share, so that the rows of users alone are trained.",
+            "choices": list(FREEZE),
+        },
+    )
     on_divergence: str = field(
         default="stop",
         metadata={
@@ -123,6 +135,7 @@ class PersonalizationConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         _check_kind(self.user_model_kind)
         _check_choice("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
+        _check_choice("freeze", self.freeze, FREEZE)
         _check_choice("on_divergence", self.on_divergence, ON_DIVERGENCE)
         _check_choice("generic_term", self.generic_term, GENERIC_TERMS)
         if (self.soft_prompt_init == "text") != (self.soft_prompt_init_text is not None):

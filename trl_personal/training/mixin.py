@@ -29,12 +29,15 @@ from .run_users import (
     EvalDatasets,
     check_settings,
     choose_users,
+    freeze_shared,
     make_user_model,
     refuse_prompt_learning,
+    say_what_moves,
     take_known_users,
     with_names_of_users,
 )
 from .scored_evaluation import ScoredEvaluationMixin
+from .settings import scoring_settings
 from .teaching_rows import TeachingRows, rows_that_teach
 from .terms import TERMS, Term
 from .user_metrics import metrics_under, scored_outputs
@@ -104,6 +107,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             rows = TeachingRows("train")
             train_dataset = rows.of(train_dataset)
             user_model, vocab = choose_users(args, train_dataset, user_vocab, user_model, known)
+            say_what_moves(args, known)
             if isinstance(train_dataset, IterableDataset):
                 rows.tell()
             self._check_eval_datasets(args, eval_dataset)
@@ -164,7 +168,10 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         if self.args.user_learning_rate == 0:
             user_model.requires_grad_(False)  # gradients that move nothing would count when gradients are clipped
         attach_user_model(self.model, user_model.float(), user_vocab, tokenizer.bos_token_id)
+        get_base_model(self.model).training_settings = scoring_settings(self.args)
         self.user_model, self.user_vocab = user_model, user_vocab
+        if self.args.freeze == "shared":
+            freeze_shared(self.model, user_model)
         self.embedding_std = measure_embedding_std(self.model, tokenizer)
         self.add_callback(MovementCallback(user_model, self.embedding_std))
         base = get_base_model(self.model)
@@ -209,7 +216,8 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         own = Term("", alpha, self.user_batch(batch))
         if self.model.training and self.args.generic_term == "sampled":
             return [Term("", 1.0, {**batch, "user_indices": self._sampled_users(batch["user_indices"])})]
-        if self.model.training and alpha == 1:  # a term without weight; evaluation reports it all the same
+        has_one_term = alpha == 1 or self.args.freeze == "shared"  # the other has no weight, or nothing to move
+        if self.model.training and has_one_term:  # evaluation reports both all the same
             return [own]
         return [own, Term("generic/", 1 - alpha, self.generic_batch(batch))]
 
@@ -236,7 +244,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
     def _step_of_terms(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         model.train()
         loss: Any = 0.0
-        with self._reference_in_batch(self.prepare_batch(model, self._prepare_inputs(inputs))) as batch:
+        with self.reference_in_batch(self.prepare_batch(model, self._prepare_inputs(inputs))) as batch:
             terms = self.terms(batch)
             for term in terms:
                 # DDP exchanges gradients once, in the last pass; under FSDP, `no_sync` would keep whole gradients
@@ -267,7 +275,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.user_model is not None:
             inputs = self.prepare_batch(model, inputs)
-        with self._reference_in_batch(inputs) as batch:
+        with self.reference_in_batch(inputs) as batch:
             terms = [Term("", 1.0, batch)] if self.user_model is None else self.terms(batch)
             result, margins = self._sum_of_terms(model, terms, return_outputs, num_items_in_batch)
             if not self.model.training:
@@ -292,7 +300,7 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
         return (loss, outputs) if return_outputs else loss, margins
 
     @contextmanager
-    def _reference_in_batch(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def reference_in_batch(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """`inputs` with the reference's log-probabilities, and TRL set to take them from there."""
         if not self.reference_keys:
             yield inputs

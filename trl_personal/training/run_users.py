@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from peft.utils.integrations import gather_params_ctx
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.attach import detach_user_model
@@ -35,7 +35,7 @@ from ..user_column import (
 from ..user_models import UserModel, get_user_model_class
 from ..user_models.initialization import soft_prompt_drawer
 from ..user_models.memory import warn_if_large
-from ..users import UserVocab
+from ..users import GENERIC_USER_INDEX, UserVocab
 from .config import PersonalizationConfig
 
 
@@ -223,6 +223,39 @@ def make_user_model(
     with gather_params_ctx(list(embedding.parameters()), modifier_rank=None):
         user_model.initialize(draw)
     return user_model
+
+
+def say_what_moves(args: PersonalizationConfig, known: tuple[UserModel, UserVocab] | None) -> None:
+    """
+    Say so if a training goes on from a model with users, since it moves more than the users in its data.
+
+    Raises:
+        `ValueError`: for `freeze="shared"` without such a model.
+    """
+    if args.freeze == "shared" and known is None:
+        raise ValueError(
+            '`freeze="shared"` trains rows in a model that has been trained with users, and `model` has none. Name the folder '
+            "of such a model, or leave `freeze` out."
+        )
+    if known is not None and args.freeze == "nothing":
+        logger.info(
+            "Training goes on from a model with %d users: it moves what they share, and so all of their soft prompts, also of "
+            'those who are not in the data. `freeze="shared"` (`--freeze shared`) moves the rows of users alone; '
+            "`model.add_users` fits rows without training.",
+            len(known[1]),
+        )
+
+
+def freeze_shared(model: nn.Module, user_model: UserModel) -> None:
+    """Let nothing but rows of known users be trained. The generic user's row of a table gets a gradient of zero."""
+    model.requires_grad_(False)
+    for table in user_model.row_tables().values():
+        table.weight.requires_grad_(True)
+        table.weight.register_hook(_without_generic_row)
+
+
+def _without_generic_row(gradient: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(gradient[: GENERIC_USER_INDEX + 1]), gradient[GENERIC_USER_INDEX + 1 :]])
 
 
 def with_names_of_users(datasets: Any, column: str) -> Any:

@@ -50,6 +50,24 @@ class ScoredEvaluationMixin(Trainer):
         """Refuse a dataset without the columns that this trainer reads beside TRL's."""
         check_user_column(dataset, args.user_id_column, name)
 
+    def margins_with(self, batch: dict[str, Any], soft_prompts: Tensor) -> Tensor:
+        """
+        The margins of the pairs of a batch, `(batch,)`, each with a soft prompt of the caller's in place of its user's. They
+        have gradients with respect to `soft_prompts` `(batch, T, token_dim)`.
+
+        Args:
+            batch (`dict`): A batch of the collator, prepared, with the reference's outputs in it
+                ([`~training.mixin.PersonalizedTrainerMixin.reference_in_batch`]).
+            soft_prompts (`Tensor` `(batch, T, token_dim)`): The soft prompt of each example.
+        """
+        trainer: Any = self
+        batch = trainer.user_batch(batch)
+        rows = {name: value for name, value in batch.items() if name != "user_indices"}
+        rows["soft_prompts"] = soft_prompts.repeat(self.rows_per_example, 1, 1)
+        with metrics_under(self, None), scored_outputs(self.model, self.scored_output) as scored:
+            super().compute_loss(self.model, rows)
+        return self.pair_margins(batch, scored[0])
+
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
     def _check_dataset(self, args: PersonalizationConfig, dataset: Any, name: str) -> None:

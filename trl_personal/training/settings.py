@@ -36,6 +36,11 @@ def write_training_settings(folder: Path, args: Any) -> None:
     write_atomically(folder / SETTINGS_FILE, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
+def scoring_settings(args: Any) -> dict[str, Any]:
+    """The settings in `args` that change a margin, a metric or a column."""
+    return {name: _as_json(getattr(args, name)) for name in SCORING if hasattr(args, name)}
+
+
 def read_training_settings(name: str | Path) -> dict[str, Any]:
     """
     The settings in the `training_settings.json` of a folder or a repository; empty without the file. The number of

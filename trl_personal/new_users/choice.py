@@ -1,0 +1,218 @@
+"""Which row each user gets, and what it is worth: the posteriors of all hypotheses together, asked about pairs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fit import (
+    Draws,
+    Hypothesis,
+    Pairs,
+    all_hypotheses,
+    draw,
+    initial_shares,
+    learn_shares,
+    log_likelihood,
+    posterior,
+)
+
+
+NUM_DRAWS = 192  # of each hypothesis
+NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
+NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
+NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
+LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
+LEAST_GAIN_OF_FEW = (
+    -0.04
+)  # the same with fewer than `MANY` pairs, which cannot make up for the doubt that they are by chance
+MANY = 10  # pairs of a user, from which on they can tell between rows in the same direction
+SCALES = (0.25, 0.5, 0.75, 1.0)
+CONFIDENCE = 0.9
+
+
+@dataclass
+class LinearMargins:
+    """
+    The margins of the pairs of several users as linear functions of the codes of their users.
+
+    Args:
+        start (`Tensor` `(n,)`): Margins with the start row of each pair's user, in nats.
+        offset (`Tensor` `(n,)`): Margins at codes of zero in the linear model.
+        slopes (`Tensor` `(n, rank)`): Slopes in the codes.
+        owner (`LongTensor` `(n,)`): The number of each pair's user.
+        num_users (`int`): The number of users, with or without pairs.
+    """
+
+    start: Tensor
+    offset: Tensor
+    slopes: Tensor
+    owner: Tensor
+    num_users: int
+
+    def counts(self) -> Tensor:
+        """The number of pairs of each user, `(num_users,)`."""
+        return torch.bincount(self.owner, minlength=self.num_users)
+
+
+@dataclass
+class Choice:
+    """
+    What was chosen for one user.
+
+    Args:
+        codes (`Tensor` `(rank,)`): The codes of the row; zero is the start row.
+        hypothesis ([`Hypothesis`]): The most probable one in which codes differ from zero.
+        accuracy, start_accuracy (`float`): Expected accuracies with the chosen row and the start row.
+        low, high (`float`): The interval of the first.
+        probability_of_gain (`float`): How probable it is that the chosen row is right more often than the start row.
+    """
+
+    codes: Tensor
+    hypothesis: Hypothesis
+    accuracy: float
+    start_accuracy: float
+    low: float
+    high: float
+    probability_of_gain: float
+
+
+def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dict[int, Choice]:
+    """
+    A [`Choice`] for each user with pairs, by the user's number.
+
+    Candidates are the start row, and the mode of what the user is like if not like the start row (the mean of the modes of
+    all hypotheses); for users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best
+    of these takes the place of the start row if its expected accuracy is higher. It is asked on pairs of other users who join
+    (`asks_others`), and on the user's own, each of these as if its answer were not known (leave-one-out).
+    """
+    hypotheses = all_hypotheses()
+    noise = torch.randn(
+        NUM_DRAWS, margins.slopes.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    asked = torch.linspace(0, len(margins.owner) - 1, min(NUM_ASKED, len(margins.owner))).round().long()
+    evidence = torch.zeros(len(hypotheses), margins.num_users, dtype=torch.float64)
+    draws: list[Draws] = []
+    chunks = list(_chunks(margins))
+    for users, pairs, _ in chunks:
+        draws = [draw(pairs, h, beta, noise) for h in hypotheses]
+        evidence[:, users] = torch.stack([found.evidence for found in draws])
+    with_pairs = margins.counts() > 0
+    shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses))
+    choices = {}
+    for users, pairs, numbers in chunks:
+        if len(chunks) > 1:  # drawn again, as the draws of all would not fit
+            draws = [draw(pairs, h, beta, noise) for h in hypotheses]
+        weights = posterior(torch.stack([found.evidence for found in draws]), shares)
+        for place, user in enumerate(users.tolist()):
+            own = numbers[place][pairs.mask[place]]
+            others = asked[margins.owner[asked] != user] if asks_others else asked[:0]
+            choices[user] = _choose_for_one(margins, own, others, hypotheses, draws, weights[:, place], place, beta)
+    return choices
+
+
+def _chunks(margins: LinearMargins) -> Iterator[tuple[Tensor, Pairs, Tensor]]:
+    """Users with pairs, those with about as many together: their numbers, padded pairs, and the numbers of these."""
+    counts = margins.counts()
+    order = torch.argsort(margins.owner, stable=True)
+    ends = counts.cumsum(0)
+    by_count = torch.argsort(counts, stable=True)
+    by_count = by_count[counts[by_count] > 0]
+    start = 0
+    while start < len(by_count):
+        stop = start + 1
+        while stop < len(by_count) and (stop + 1 - start) * NUM_DRAWS * int(counts[by_count[stop]]) <= NUMBERS_AT_ONCE:
+            stop += 1
+        users = by_count[start:stop]
+        longest = int(counts[users].max())
+        place = (ends - counts)[users, None] + torch.arange(longest)
+        mask = torch.arange(longest) < counts[users, None]
+        numbers = order[place.clamp(max=len(order) - 1)]
+        pairs = Pairs(
+            margins.start[numbers].double() * mask,
+            margins.offset[numbers].double() * mask,
+            margins.slopes[numbers].double() * mask[..., None],
+            mask,
+        )
+        yield users, pairs, numbers
+        start = stop
+
+
+def _choose_for_one(
+    margins: LinearMargins,
+    own: Tensor,
+    others: Tensor,
+    hypotheses: Sequence[Hypothesis],
+    draws: Sequence[Draws],
+    weights: Tensor,
+    place: int,
+    beta: float,
+) -> Choice:
+    numbers = torch.cat([own[:NUM_ASKED], others])
+    num_own = len(own[:NUM_ASKED])
+    start, offset = margins.start[numbers].double(), margins.offset[numbers].double()
+    slopes = margins.slopes[numbers].double()
+    # for each hypothesis and draw: its weight, and how probable it makes the answers to the pairs asked
+    log_weights, right, without_own = [], [], []
+    for hypothesis, found, weight in zip(hypotheses, draws, weights, strict=True):
+        codes = found.codes[place]
+        found_margins = offset + codes @ slopes.T if hypothesis.moves else start.expand(len(codes), -1)
+        log_weights.append((weight * found.weights[place]).log())
+        right.append(torch.sigmoid(beta * found_margins))
+        without_own.append(-log_likelihood(found_margins[:, :num_own], beta, hypothesis.noise))
+    log_weight, truth = torch.cat(log_weights), torch.cat(right)
+    leave_one_out = (log_weight[:, None] + torch.cat(without_own)).softmax(0)
+    expected = torch.cat([(leave_one_out * truth[:, :num_own]).sum(0), log_weight.exp() @ truth[:, num_own:]])
+    is_own = torch.cat([torch.full((len(w),), h.moves) for h, w in zip(hypotheses, log_weights, strict=True)])
+    of_own = leave_one_out[is_own] / leave_one_out[is_own].sum(0).clamp(min=1e-300)
+    of_others = log_weight[is_own].softmax(0)
+    expected_if_own = torch.cat([(of_own * truth[is_own, :num_own]).sum(0), of_others @ truth[is_own, num_own:]])
+    candidates = _candidates(hypotheses, draws, weights, place, len(own) >= MANY)
+    outcome = offset + candidates @ slopes.T
+    outcome[0] = start  # the start row is no linear model
+    accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
+    best = _best_if_own(outcome, expected_if_own)
+    if accuracies[best] < accuracies[0] + (LEAST_GAIN if len(own) >= MANY else LEAST_GAIN_OF_FEW):
+        best = 0
+    picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
+    sampled = truth[picked]
+    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
+    at_start = torch.where(outcome[0] > 0, sampled, 1 - sampled).mean(1)
+    low, high = chosen.quantile(
+        torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)
+    ).tolist()
+    value = float(accuracies[best])
+    moving = max((h for h in range(len(hypotheses)) if hypotheses[h].moves), key=lambda h: float(weights[h]))
+    return Choice(
+        candidates[best],
+        hypotheses[moving],
+        value,
+        float(accuracies[0]),
+        min(low, value),
+        max(high, value),
+        float((chosen > at_start).double().mean()) if best else 0.0,
+    )
+
+
+def _best_if_own(outcome: Tensor, expected: Tensor) -> int:
+    """The best candidate for a user who has a row of one's own: of those that are as good the nearest."""
+    accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
+    return 1 + int(accuracies[1:].argmax())
+
+
+def _candidates(
+    hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int, several: bool
+) -> Tensor:
+    """Codes `(c, rank)` to choose from, the start row first: one beside it, or `several`."""
+    moving = [h for h, hypothesis in enumerate(hypotheses) if hypothesis.moves]
+    total = weights[moving].sum().clamp(min=1e-300)
+    means = torch.stack([draws[h].weights[place] @ draws[h].codes[place] for h in moving])
+    modes = torch.stack([draws[h].modes[place] for h in moving])
+    share = weights[moving] / total
+    if not several:
+        return torch.stack([torch.zeros_like(modes[0]), share @ modes])
+    ends = [share @ means, share @ modes, modes[int(share.argmax())]]
+    steps = torch.stack([scale * end for end in ends for scale in SCALES])
+    steps = steps[steps.square().sum(1).argsort()]  # from near to far
+    return torch.cat([torch.zeros_like(steps[:1]), steps])
