@@ -119,6 +119,7 @@ MUTATIONS = [
         "        write_known_users(folder, users, read_user_model_config(user_folder))\n",
         "",
         ("serving",),
+    ),
     # --- New users
     Mutation(
         "evidence without the width of the prior",
