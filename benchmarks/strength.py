@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl_personal import AutoPersonalizedModelForCausalLM, UserVocab, attach_user_model, detach_user_model
 from trl_personal.evaluation import answer_log_probs, answers_by_user, describe_answers, nats_per_token
 from trl_personal.models.saving import get_base_model
-from trl_personal.serving.writer import Request
 from trl_personal.user_models import IndividualUserModel, UserModelConfig
+from trl_personal.writing import Request
 
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)

@@ -49,6 +49,77 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = [
+    # --- Serving
+    Mutation(
+        "a batch that takes another forgets the padding of its cache",
+        "engine/batch.py",
+        "        (self if more > 0 else other)._move(abs(more))\n",
+        "        (other if more > 0 else self)._move(abs(more))\n",
+        ("engine",),
+    ),
+    Mutation(
+        "rows that are done stay in the cache",
+        "engine/batch.py",
+        "        self.cache.batch_select_indices(index)\n",
+        "",
+        ("engine",),
+    ),
+    Mutation(
+        "the soft prompt has no columns in the mask",
+        "engine/batch.py",
+        "mask.new_ones(len(rows), num_virtual + 1)], dim=1)",
+        "mask.new_zeros(len(rows), num_virtual), mask.new_ones(len(rows), 1)], dim=1)",
+        ("engine",),
+    ),
+    Mutation(
+        "sampled without noise",
+        "engine/rows.py",
+        "warped - torch.stack(noise).log().to(warped)",
+        "warped",
+        ("engine",),
+    ),
+    Mutation(
+        "a stop text is told in part",
+        "engine/rows.py",
+        "range(min(len(text), len(stop) - 1), 0, -1)",
+        "range(0)",
+        ("engine",),
+    ),
+    Mutation(
+        "a client that has gone is written for on",
+        "engine/transformers.py",
+        "            row.is_cancelled = True\n",
+        "            pass\n",
+        ("engine", "serving"),
+    ),
+    Mutation(
+        "a key speaks for one of a blend's users, and so for all",
+        "serving/server.py",
+        "if not all(key.may_speak_for(user) for user in named):",
+        "if named and not any(key.may_speak_for(user) for user in named):",
+        ("serving",),
+    ),
+    Mutation(
+        "every key is an administrator's",
+        "serving/server.py",
+        "            if not found.is_admin:\n",
+        "            if False:\n",
+        ("serving",),
+    ),
+    Mutation(
+        "any secret goes with a key's name",
+        "serving/keys.py",
+        "return key if hmac.compare_digest(found.encode(), key.digest.encode()) else None",
+        "return key",
+        ("serving",),
+    ),
+    Mutation(
+        "a removal is not written to the folder",
+        "engine/users.py",
+        "        write_known_users(folder, users, read_user_model_config(user_folder))\n",
+        "",
+        ("serving",),
+    ),
     # --- New users
     Mutation(
         "evidence without the width of the prior",

@@ -29,6 +29,7 @@ OUTSIDE = {  # what a room, or a file of one, may import from outside the standa
     "models.soft_prompt": {"torch"},
     "training.prefix_sharing": {"torch", "transformers"},
     "data": {"datasets", "numpy"},
+    "serving": {"torch", "safetensors", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"},
 }
 # rooms on the ground import no room above them; others import what ARROWS says, and those on the ground: arrows run down
 GROUND = {
@@ -50,9 +51,11 @@ ARROWS = {
     "data": {"user_column"},
     "audit": {"user_column", "data"},
     "models": {"user_models", "user_profile"},
-    "serving": {"models", "user_profile"},
+    "writing": {"models", "user_profile"},
+    "serving": set(),
+    "engine": {"serving", "writing", "models", "user_models", "user_profile"},
     "training": {"models", "user_models", "user_column", "user_profile"},
-    "evaluation": {"audit", "training", "serving", "models", "user_models", "user_column", "user_profile"},
+    "evaluation": {"audit", "training", "writing", "models", "user_models", "user_column", "user_profile"},
     "removal": {"training", "models", "user_models"},
     "new_users": {"evaluation", "training", "models", "user_models", "user_column"},
     "cli": {
@@ -62,7 +65,9 @@ ARROWS = {
         "evaluation",
         "removal",
         "training",
+        "engine",
         "serving",
+        "writing",
         "models",
         "user_models",
         "user_column",

@@ -10,8 +10,8 @@ from trl_personal.evaluation import answers_by_user, base_answers, nats_per_toke
 from trl_personal.evaluation.answer_features import ANSWER_FEATURES, answer_features, check_answers, describe_answers
 from trl_personal.evaluation.fluency import answer_log_probs
 from trl_personal.models.saving import is_personalized
-from trl_personal.serving.writer import Request
 from trl_personal.user_models import IndividualUserModel, UserModelConfig
+from trl_personal.writing import Request
 
 
 PROMPTS = ["please write a story", "the story", "i like dogs and"]

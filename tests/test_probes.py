@@ -12,7 +12,7 @@ from rich.console import Console
 
 from trl_personal.evaluation import Prober, evaluate_trainer, probes, probes_table
 from trl_personal.evaluation.fluency import answer_log_probs
-from trl_personal.serving.writer import Request
+from trl_personal.writing import Request
 
 
 QUESTIONS = {

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from ..serving.keys import run_key
 from ..terminal import printable
 from .arguments import (
     PROG,
@@ -16,6 +17,7 @@ from .arguments import (
     make_info_parser,
     make_main_parser,
 )
+from .serve_arguments import make_key_parser, make_serve_parser
 from .users_arguments import flags_of_users, parse_users
 from .words import in_flags
 from .wrong_flags import find_wrong_flag, flags_of_dpo
@@ -27,6 +29,8 @@ PARSERS = {
     "eval": make_eval_parser,
     "generate": make_generate_parser,
     "info": make_info_parser,
+    "key": make_key_parser,
+    "serve": make_serve_parser,
 }
 
 
@@ -100,6 +104,12 @@ def _run(options: Namespace, arguments: Namespace) -> int:
         from .generate import run_generate
 
         run_generate(arguments)
+    elif options.command == "key":
+        run_key(arguments)
+    elif options.command == "serve":
+        from .serve import run_serve
+
+        run_serve(arguments)
     elif options.command == "users":
         from .users import run_users
 

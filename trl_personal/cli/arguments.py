@@ -20,6 +20,8 @@ commands:
   eval      say which users gain from their own soft prompt: accuracy, baselines, and a verdict
   generate  write answers of a trained model, for every prompt and every user
   info      say what a trained model is: kind, users, sizes, versions
+  key       make an API key for `serve`, with the users it may speak for
+  serve     answer over HTTP, as OpenAI's API does, for every user
   users     list, rename, copy, export, import and remove the users of a trained model
 
 `trl-personal COMMAND --help` explains a command.
@@ -137,7 +139,10 @@ def make_main_parser() -> ArgumentParser:
         help="`dpo` trains in this process: for use under `torchrun -m` or `accelerate launch -m`",
     )
     parser.add_argument(
-        "command", metavar="COMMAND", choices=("audit", "dpo", "eval", "generate", "info", "users"), help="see below"
+        "command",
+        metavar="COMMAND",
+        choices=("audit", "dpo", "eval", "generate", "info", "key", "serve", "users"),
+        help="see below",
     )
     parser.add_argument("arguments", nargs=REMAINDER, help=SUPPRESS).required = False
     return parser

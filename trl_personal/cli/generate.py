@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import AutoPersonalizedModelForCausalLM, UserVocab
 from ..models.blending import UserOrBlend
-from ..serving.writer import Request, processor_name, text_of_last, write_answers
 from ..terminal import json_line, print_whole, printable
+from ..writing import Request, processor_name, text_of_last, write_answers
 from .model_folder import check_model_name
 from .quantization import quantization_config
 from .requests import Prompt, read_prompts, read_user_profiles, read_users

@@ -15,9 +15,9 @@ from ..files import write_atomically
 from ..new_users.folder import write_users
 from ..new_users.join import add_users, update_users
 from ..new_users.results import UsersFit, fits_table
-from ..serving.writer import processor_name
 from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
+from ..writing import processor_name
 from .arguments import ColumnArguments
 from .model_folder import check_model_name
 from .preferences import load_preferences, select_split

@@ -11,9 +11,9 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..intervals import Interval, cluster_share
-from ..serving.writer import Request, write_answers
 from ..user_profile import Prompt
 from ..users import UserId
+from ..writing import Request, write_answers
 from .answer_features import count_words, distinct_n
 
 

@@ -15,7 +15,6 @@ from ..agreement import compare, encode, majority_agreement
 from ..arrays import BoolArray, FloatArray
 from ..models.loading import find_user_model
 from ..models.saving import get_base_model
-from ..serving.writer import processor_name, text_of_last
 from ..training.dpo import PersonalizedDPOTrainer
 from ..training.run_users import with_names_of_users
 from ..training.settings import read_training_settings
@@ -24,6 +23,7 @@ from ..user_models import UserModel
 from ..user_models.movement import Movement, measure_movement
 from ..user_profile import Prompt
 from ..users import UserId, UserVocab
+from ..writing import processor_name, text_of_last
 from .answer_features import count_words
 from .answers import Judge, opposite_users, summarize_answers
 from .baselines import (

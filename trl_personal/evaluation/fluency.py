@@ -15,9 +15,9 @@ from ..arrays import FloatArray, IntArray
 from ..models.generation import PersonalizedGeneration
 from ..models.mixins import add_mixin, remove_mixin
 from ..models.saving import get_base_model, is_personalized
-from ..serving.writer import Request, encode_prompts, with_user_profiles, write_answers
 from ..user_profile import Prompt
 from ..users import UserId
+from ..writing import Request, encode_prompts, with_user_profiles, write_answers
 
 
 MAX_LOGITS = 5e7  # of a batch: 0.2 GB in float32, and as much for each copy
@@ -60,7 +60,7 @@ def answer_log_probs(
     Args:
         model: A language model; with a user model attached, each request is scored for its user.
         tokenizer: The model's tokenizer.
-        requests (`Sequence[Request]`): The `n` prompts, with user and profile, as for [`~serving.writer.write_answers`].
+        requests (`Sequence[Request]`): The `n` prompts, with user and profile, as for [`~writing.write_answers`].
         answers (`Sequence[str]`): The answer to each of them.
         batch_size (`int`, *optional*, defaults to `8`): The number of answers that are scored at once.
         use_template (`bool`, *optional*, defaults to `False`): Whether the chat template is applied.

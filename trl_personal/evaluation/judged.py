@@ -12,10 +12,10 @@ from scipy.special import expit, stdtrit
 
 from ..arrays import FloatArray, IntArray
 from ..intervals import Interval, cluster_share
-from ..serving.writer import text_of_last
 from ..terminal import printable
 from ..user_profile import Prompt
 from ..users import UserId
+from ..writing import text_of_last
 from .answer_features import check_answers, count_words
 from .answers import TIE, Judge, WinRate, judge_both_ways
 from .fluency import with_wish

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from ..agreement import majority_agreement
 from ..arrays import BoolArray, FloatArray
 from ..intervals import Interval, cluster_mean, cluster_share
-from ..serving.writer import Request, write_answers
 from ..terminal import printable
 from ..users import UserId
+from ..writing import Request, write_answers
 from .fluency import answer_log_probs, answer_logits
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import DatasetDict
 
-from ..serving.writer import text_of_last
 from ..user_profile import Prompt
+from ..writing import text_of_last
 from .results import ModelEvaluation
 
 

@@ -15,7 +15,6 @@ from transformers import AutoProcessor, PrinterCallback
 from ..files import checkpoints_newest_first, read_json
 from ..models.loading import AutoPersonalizedModelForCausalLM, find_user_model, is_adapter, load_language_model
 from ..models.saving import get_base_model, is_personalized
-from ..serving.writer import processor_name
 from ..training.config import PersonalizedDPOConfig
 from ..training.dpo import PersonalizedDPOTrainer
 from ..training.settings import SCORING
@@ -23,6 +22,7 @@ from ..training.teaching_rows import rows_that_teach
 from ..user_column import iterate_user_ids
 from ..user_models import UserModel
 from ..users import UserVocab
+from ..writing import processor_name
 from .scoring import with_row_numbers
 
 

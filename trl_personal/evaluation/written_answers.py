@@ -7,11 +7,11 @@ from typing import Any
 from datasets import Dataset
 
 from ..arrays import FloatArray
-from ..serving.writer import text_of_last
 from ..training.dpo import PersonalizedDPOTrainer
 from ..user_column import iterate_user_ids
 from ..user_profile import Prompt
 from ..users import UserId
+from ..writing import text_of_last
 from .answers import GENERIC_USER, answers_by_user
 from .answers_report import AnswersReport
 from .answers_verdict import evaluate_answers

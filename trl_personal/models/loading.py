@@ -71,13 +71,17 @@ class AutoPersonalizedModelForCausalLM:
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_users: bool = False, **kwargs: Any
+    ) -> Any:
         """
         The language model itself (`GPTJForCausalLM`, `PeftModelForCausalLM`, ...), with the user model attached (see
         [`attach_user_model`]) and in evaluation mode.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): The folder or the repository on the hub that holds the model.
+            map_users (`bool`, *optional*, defaults to `False`): Whether tables of users are mapped from their file, so that a
+                row takes memory when it is used first. See [`UserModel.from_pretrained`].
             **kwargs: Arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`], such as `dtype`, `device_map`,
                 `quantization_config`, `revision`, `subfolder`; for an adapter they go to the base model, and `is_trainable` to
                 PEFT. What each of them does is in docs/compatibility.md.
@@ -105,7 +109,7 @@ class AutoPersonalizedModelForCausalLM:
                     else " (There is no local folder of that name, and no repository was found or reached.)"
                 )
             )
-        user_model, user_vocab, config = load_user_model(user_folder)
+        user_model, user_vocab, config = load_user_model(user_folder, map_users)
         folder = user_folder.parent
         fetch_language_model(name, subfolder, config, **hub_kwargs)
         check_fingerprints(folder, config, needs_weights=True)
@@ -164,14 +168,15 @@ def fetch_language_model(name: str, subfolder: str, config: dict[str, Any], **hu
         snapshot_download(name, allow_patterns=patterns, **hub_kwargs)
 
 
-def load_user_model(folder: Path) -> tuple[UserModel, UserVocab, dict[str, Any]]:
+def load_user_model(folder: Path, map_users: bool = False) -> tuple[UserModel, UserVocab, dict[str, Any]]:
     """
-    The user model in a `user_model/` folder, its vocabulary, and the entries of its config file.
+    The user model in a `user_model/` folder, its vocabulary, and the entries of its config file. With `map_users`, tables are
+    mapped from their file.
 
     Raises:
         `ValueError`: if a file is not the one that was saved, or an entry cannot be; or as [`UserModel.from_pretrained`].
     """
-    user_model = UserModel.from_pretrained(folder)
+    user_model = UserModel.from_pretrained(folder, map_users=map_users)
     user_vocab = UserVocab.from_pretrained(folder)
     config = read_user_model_config(folder)
     with naming(folder / USERS_FILE):

@@ -341,10 +341,15 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         self.save_files(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "UserModel":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_users: bool = False, **kwargs: Any
+    ) -> "UserModel":
         """
         Load a user model of any registered kind, from a folder (or a repository) written by `save_pretrained`, or from one
         with a `user_model/` folder in it.
+
+        With `map_users`, [`row_tables`] are mapped from the file: a row takes memory when it is used first. They are not
+        searched for NaN then, which would read them, and changes of rows do not change the file.
 
         Raises:
             `FileNotFoundError`: if a file is missing. `ValueError`: if a file is cut off, foreign, of a newer format, of an
@@ -373,13 +378,18 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
             raise ValueError(f"{directory / CONFIG_FILE} has sizes that cannot be. {error}") from error
         user_model._check_shapes(directory / WEIGHTS_FILE)
         check_user_files(directory, values, (WEIGHTS_FILE, CONFIG_FILE))
+        if map_users:
+            user_model.load_weights(directory, map_users=True)
+            if not any(tensor.is_meta for tensor in _tensors(user_model).values()):  # but those that are not saved
+                return user_model
         user_model = user_model_class(config)
         user_model.load_weights(directory)
         return user_model
 
-    def load_weights(self, directory: str | Path) -> None:
+    def load_weights(self, directory: str | Path, map_users: bool = False) -> None:
         """
-        Read `user_model.safetensors` into this module. Shapes are compared with those in the file's header first.
+        Read `user_model.safetensors` into this module. Shapes are compared with those in the file's header first. With
+        `map_users`, the module takes the tensors of the file, which are mapped; else it copies them.
 
         Raises:
             `FileNotFoundError`: if it is missing. `ValueError`: if it is cut off or holds other names, shapes or dtypes, or
@@ -388,7 +398,8 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
         path = Path(directory) / WEIGHTS_FILE
         self._check_shapes(path)
         saved = load_file(path)
-        spoiled = sorted(name for name, tensor in saved.items() if not tensor.isfinite().all())
+        mapped = self._names_with_rows() if map_users else frozenset()
+        spoiled = sorted(name for name, t in saved.items() if name not in mapped and not t.isfinite().all())
         if spoiled:
             raise ValueError(
                 f"{path} holds NaN or infinity in {spoiled}, as after a training that diverged. Use an earlier checkpoint."
@@ -399,7 +410,7 @@ class UserModel(nn.Module, ModelHubMixin, ABC, library_name="trl-personal", tags
                     f"Row {GENERIC_USER_INDEX} of `{name}` in {path} is not zero, but in a user model of kind {self.kind!r} "
                     "the generic user has no row. The file is damaged, or of another kind: put back the one that was saved."
                 )
-        self.load_state_dict(saved)
+        self.load_state_dict(saved, assign=map_users)
 
     def _check_shapes(self, path: Path) -> None:
         """Compare names, shapes and dtypes with the header of a file, of which no more is read."""

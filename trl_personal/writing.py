@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..files import read_json
-from ..models.blending import UserOrBlend
-from ..models.saving import get_base_model, is_personalized
-from ..user_profile import Prompt, render_user_profile, require_template
+from .files import read_json
+from .models.blending import UserOrBlend
+from .models.saving import get_base_model, is_personalized
+from .user_profile import Prompt, render_user_profile, require_template
 
 
 class Request(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_personal.serving.writer import Request, write_answers
+from trl_personal.writing import Request, write_answers
 
 
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
