@@ -33,10 +33,10 @@ class Parts:
         user_model (`UserModel`): The user model, on the CPU.
         user_vocab (`UserVocab`): Its users.
         bos_token_id (`int`, *optional*): The token after which soft prompts go.
-        user_profile_template (`str`, *optional*): Of a model that was trained with profiles.
 
     Raises:
-        `ValueError`: if there are no users, if the language model is quantized, or if the adapter cannot be merged.
+        `ValueError`: if there are no users, if the language model is quantized, if the model was trained with profiles, or if
+        the adapter cannot be merged.
     """
 
     def __init__(self, model: nn.Module, keep_adapter: bool = False) -> None:
@@ -47,6 +47,11 @@ class Parts:
             )
         causal_lm = get_base_model(model)
         refuse_quantized(causal_lm)
+        if causal_lm.user_profile_template is not None:
+            raise ValueError(
+                "The model was trained with profiles of users in their prompts, which an exported model does not have. Serve it "
+                "with `trl-personal serve`."
+            )
         if isinstance(model, PeftModel) and not keep_adapter and not hasattr(model.base_model, "merge_and_unload"):
             raise ValueError(
                 f"An adapter of the type {model.active_peft_config.peft_type} cannot be merged into the language model. "
@@ -57,7 +62,6 @@ class Parts:
         if keep_adapter:
             check_engine_adapter(model)
         self.bos_token_id: int | None = causal_lm._soft_prompt_insertion.bos_token_id
-        self.user_profile_template: str | None = causal_lm.user_profile_template
         user_model, user_vocab = detach_user_model(model)
         self.user_model: UserModel = user_model.cpu().eval()
         self.user_vocab: UserVocab = user_vocab

@@ -81,11 +81,6 @@ def export_as_tokens(
     target = check_output_dir(output_dir)
     check_users(model, user_ids)
     parts = Parts(model)
-    if parts.user_profile_template is not None:
-        raise ValueError(
-            "The model was trained with profiles of users, which a chat template cannot look up. Export it with the format "
-            "`vllm`."
-        )
     language_model, num_virtual_tokens = parts.language_model, parts.user_model.config.num_virtual_tokens
     users = [str(as_user_id(user)) for user in (parts.user_vocab if user_ids is None else dict.fromkeys(user_ids))]
     scale = embedding_scale(language_model)
@@ -118,7 +113,6 @@ def export_as_tokens(
             layout=layout,
             num_users=len(users),
             token_dim=parts.user_model.config.token_dim,
-            embedding_scale=scale,
             made_from=dict(made_from or {}),
             files=fingerprints(staging),
             versions=versions(),

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..files import staged_folder
-from ..serving.manifest import ADAPTER_FOLDER, EXPORT_FILE, Layout, Manifest, fingerprints
-from .language_model import Parts, embedding_scale, versions
+from ..serving.manifest import ADAPTER_FOLDER, EXPORT_FILE, USERS_FOLDER, Layout, Manifest, fingerprints
+from .language_model import Parts, versions
 from .writing import check_output_dir, write_table, write_token_embeddings
 
 
@@ -25,9 +25,10 @@ def export_for_vllm(
 
     ```text
     EXPORT/  config.json, model.safetensors, tokenizer.json, ...    the language model, with the adapter merged
-             soft_prompts.safetensors, users.json                   (num_users + 1, num_virtual_tokens, token_dim); who is where
-             export.json                                            layout, embeddings, fingerprints
-             adapter/, token_embeddings.safetensors                 with `keep_adapter`, which leaves it out of the model
+             users/soft_prompts.safetensors                         (num_users + 1, num_virtual_tokens, token_dim)
+             users/users.json                                       whose row is which
+             export.json                                            layout and fingerprints
+             adapter/, users/token_embeddings.safetensors           with `keep_adapter`, which leaves it out of the model
     ```
 
     Args:
@@ -49,6 +50,7 @@ def export_for_vllm(
     language_model, user_model = parts.language_model, parts.user_model
     adapter_rank = None
     with staged_folder(target, last=EXPORT_FILE) as staging:
+        (staging / USERS_FOLDER).mkdir()
         if parts.adapter is not None:
             config: Any = parts.adapter.peft_config[parts.adapter.active_adapter]
             adapter_rank = config.r
@@ -58,15 +60,13 @@ def export_for_vllm(
         language_model.save_pretrained(staging)
         tokenizer.save_pretrained(str(staging))
         write_table(staging, user_model, language_model.get_input_embeddings().weight.dtype)
-        parts.user_vocab.save_pretrained(staging)
+        parts.user_vocab.save_pretrained(staging / USERS_FOLDER)
         manifest = Manifest(
             format="vllm",
             layout=Layout(user_model.config.num_virtual_tokens, parts.bos_token_id),
             num_users=user_model.config.num_users,
             token_dim=user_model.config.token_dim,
-            embedding_scale=embedding_scale(language_model),
             adapter_rank=adapter_rank,
-            user_profile_template=parts.user_profile_template,
             made_from=dict(made_from or {}),
             files=fingerprints(staging),
             versions=versions(),

@@ -11,11 +11,13 @@ from ..users import USERS_FILE
 
 
 EXPORT_FILE = "export.json"
-TABLE_FILE = "soft_prompts.safetensors"
+# engines read every file of weights beside the language model's, so those of users lie in a folder of their own
+USERS_FOLDER = "users"
+TABLE_FILE = f"{USERS_FOLDER}/soft_prompts.safetensors"
 TABLE_NAME = (
     "soft_prompts"  # of the tensor in it, (num_users + 1, num_virtual_tokens, token_dim); row 0 is the generic user's
 )
-EMBEDDINGS_FILE = "token_embeddings.safetensors"  # beside an adapter only
+EMBEDDINGS_FILE = f"{USERS_FOLDER}/token_embeddings.safetensors"  # beside an adapter only
 EMBEDDINGS_NAME = "token_embeddings"  # (vocab_size, token_dim), as looked up
 ADAPTER_FOLDER = "adapter"
 FORMAT_VERSION = 1
@@ -58,9 +60,7 @@ class Manifest:
         layout (`Layout`): Where the soft prompt goes.
         num_users (`int`): The users in it, without the generic one.
         token_dim (`int`): The width of the token embeddings.
-        embedding_scale (`float`): The factor by which a lookup of the input embeddings multiplies a row, 1 in most models.
         adapter_rank (`int`, *optional*): Of a LoRA adapter that is not merged, in `adapter/`.
-        user_profile_template (`str`, *optional*): The text around a user's profile, of a model that was trained with profiles.
         made_from (`dict`): Fingerprints of the files of the trained model.
         files (`dict[str, str]`): Fingerprints of the files of the export.
         versions (`dict[str, str]`): Of the packages that wrote it.
@@ -70,9 +70,7 @@ class Manifest:
     layout: Layout
     num_users: int
     token_dim: int
-    embedding_scale: float = 1.0
     adapter_rank: int | None = None
-    user_profile_template: str | None = None
     made_from: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -133,6 +131,6 @@ def fingerprints(folder: Path) -> dict[str, str]:
     names = [*sorted(weight_files(folder)), TABLE_FILE, EMBEDDINGS_FILE]
     names += [f"{ADAPTER_FOLDER}/{name}" for name in sorted(weight_files(folder / ADAPTER_FOLDER))]
     found = {name: fingerprint(folder / name) for name in names if (folder / name).is_file()}
-    if (folder / USERS_FILE).is_file():
-        found[USERS_FILE] = json_fingerprint(read_json(folder / USERS_FILE))
+    if (folder / USERS_FOLDER / USERS_FILE).is_file():
+        found[f"{USERS_FOLDER}/{USERS_FILE}"] = json_fingerprint(read_json(folder / USERS_FOLDER / USERS_FILE))
     return found
