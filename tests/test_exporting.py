@@ -81,6 +81,7 @@ for family, folder in json.load(sys.stdin).items():
 def _families(monkeypatch):
     for family, config in CONFIGS_HERE.items():
         monkeypatch.setitem(CONFIGS, family, config)
+    monkeypatch.setattr(token_mass, "NUM_NEW_TOKENS", 4)  # for time
 
 
 def make_personalized(family="llama", lora=False, users=USERS, std=0.5):
@@ -217,7 +218,8 @@ def test_a_model_with_more_rows_than_tokens_keeps_them_all(tmp_path):
         TEMPLATE,
         "\n  {{ messages[0]['content'] }}  \n\n",
         "{%- macro say(text) -%}[{{ text }}]{%- endmacro -%}{% set ns = namespace(n=0) %}"
-        "{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ say(m['content']) }}{{ ns.n }}\n{% endfor %}\n  {% if true %} x{% endif %}",
+        "{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ say(m['content']) }}{{ ns.n }}\n{% endfor %}\n"
+        "  {% if true %} x{% endif %}",
         "{{ bos_token }}{{ messages[0]['content'] }}{% if add_generation_prompt %}>{% endif %}",
     ],
 )

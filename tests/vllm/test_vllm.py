@@ -42,8 +42,6 @@ NUM_USERS, NUM_TOKENS, TIE, MAX_TIES = 100, 32, 1e-3, 2
 QUESTIONS = [
     "What is a good hobby for a rainy day?",
     "Write two sentences about the sea.",
-    "How do I make a cup of tea?",
-    "Give me a name for a small cat.",
 ]
 LONG = " ".join(f"Fact {i}: a person in town {i} likes thing number {i * 7 % 31}." for i in range(22))
 
@@ -60,23 +58,27 @@ async def answer(engine, job):
     soft_prompt, _ = engine._prompts.soft_prompt(job.user, job.user_strength)
     prompt = engine._prompts.make(job.prompt_ids, soft_prompt)
     parameters = SamplingParams(temperature=0, max_tokens=job.sampling.max_tokens, ignore_eos=False)
-    async for output in engine._llm.generate(prompt, parameters, f"test-{time.monotonic_ns()}", lora_request=engine._lora):
+    async for output in engine._llm.generate(
+        prompt, parameters, f"test-{time.monotonic_ns()}", lora_request=engine._lora
+    ):
         last = output
     return list(last.outputs[0].token_ids), last.num_cached_tokens or 0
 
 
 def reference(folder, engine, jobs):
-    """Transformers' greedy tokens from the same embeddings, the distance of the two best logits at each, and the end."""
+    """Transformers' greedy tokens from the same embeddings, and the distance of the two best logits at each."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if engine.manifest.adapter_rank is not None:
         model.load_adapter(str(Path(folder) / "adapter"))
     embedding = model.get_input_embeddings()
-    written = []
-    for job in jobs:  # one by one: no padding, nothing shared
-        prompt, _ = engine._prompts.soft_prompt(job.user)
-        tokens = embedding(torch.tensor(job.prompt_ids)).detach()
-        position = engine.manifest.layout.position(job.prompt_ids)
-        embeds = torch.cat([tokens[:position], prompt, tokens[position:]])[None]
+    end = model.generation_config.eos_token_id
+    written = {}
+    for question in dict.fromkeys(tuple(job.prompt_ids) for job in jobs):  # of one length: no padding
+        numbers = [number for number, job in enumerate(jobs) if tuple(job.prompt_ids) == question]
+        tokens = embedding(torch.tensor(question)).detach()
+        position = engine.manifest.layout.position(question)
+        prompts = [engine._prompts.soft_prompt(jobs[number].user)[0] for number in numbers]
+        embeds = torch.stack([torch.cat([tokens[:position], prompt, tokens[position:]]) for prompt in prompts])
         with torch.no_grad():
             out = model.generate(
                 inputs_embeds=embeds,
@@ -86,9 +88,11 @@ def reference(folder, engine, jobs):
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        best = torch.stack([step[0].topk(2).values for step in out.logits])
-        written.append((out.sequences[0].tolist(), (best[:, 0] - best[:, 1]).tolist()))
-    return written
+        best = torch.stack([step.topk(2).values for step in out.logits], dim=1)
+        for number, ids, two in zip(numbers, out.sequences.tolist(), best, strict=True):
+            length = ids.index(end) + 1 if end in ids else len(ids)
+            written[number] = (ids[:length], (two[:, 0] - two[:, 1]).tolist())
+    return [written[number] for number in range(len(jobs))]
 
 
 def compare(found, expected):
@@ -99,7 +103,9 @@ def compare(found, expected):
         if ids == tokens:
             equal += 1
             continue
-        place = next((i for i, (a, b) in enumerate(zip(ids, tokens)) if a != b), min(len(ids), len(tokens)))
+        place = next(
+            (i for i, (a, b) in enumerate(zip(ids, tokens, strict=False)) if a != b), min(len(ids), len(tokens))
+        )
         worst.append(distances[min(place, len(distances) - 1)])
         ties += worst[-1] <= TIE
     return {"equal": equal, "ties": ties, "different": len(expected) - equal - ties, "distances": worst}
@@ -116,7 +122,7 @@ def report(name, **figures):
 
 
 def take(values, number):
-    return [value for value, _ in zip(values, range(number))]
+    return [value for value, _ in zip(values, range(number), strict=False)]
 
 
 LOOP = asyncio.new_event_loop()
@@ -198,9 +204,7 @@ def test_cpu_time_is_that_of_prompts_that_are_as_long(served):
     async def timed(prompts):
         await engine._llm.reset_prefix_cache()
         before = cpu_seconds()
-        await asyncio.gather(
-            *(write(prompt, f"{time.monotonic_ns()}-{i}") for i, prompt in enumerate(prompts()))
-        )
+        await asyncio.gather(*(write(prompt, f"{time.monotonic_ns()}-{i}") for i, prompt in enumerate(prompts())))
         return cpu_seconds() - before
 
     async def run():

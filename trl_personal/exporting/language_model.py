@@ -49,8 +49,8 @@ class Parts:
         refuse_quantized(causal_lm)
         if causal_lm.user_profile_template is not None:
             raise ValueError(
-                "The model was trained with profiles of users in their prompts, which an exported model does not have. Serve it "
-                "with `trl-personal serve`."
+                "The model was trained with profiles of users in their prompts, which an exported model does not have. Serve "
+                "it with `trl-personal serve`."
             )
         if isinstance(model, PeftModel) and not keep_adapter and not hasattr(model.base_model, "merge_and_unload"):
             raise ValueError(

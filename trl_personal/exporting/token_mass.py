@@ -1,6 +1,6 @@
 """How likely an engine that ignores the generation config is to sample a token of a user's soft prompt."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ def measure_token_mass(
     users = torch.arange(0, num_users, max(1, num_users // NUM_USERS))[:NUM_USERS]
     users_ids = first + users[:, None] * layout.num_virtual_tokens + torch.arange(layout.num_virtual_tokens)
     device = language_model.device
+    generate: Any = language_model.generate
     found = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -70,7 +71,7 @@ def measure_token_mass(
             num_new = NUM_NEW_TOKENS if room is None else min(NUM_NEW_TOKENS, room - rows.shape[1])
             if num_new < 1:
                 continue
-            sequences = language_model.generate(
+            sequences = generate(
                 rows,
                 attention_mask=torch.ones_like(rows),
                 do_sample=True,

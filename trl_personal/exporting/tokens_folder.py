@@ -182,14 +182,15 @@ def add_tokens(
     Returns:
         `tuple[int, int]`: The number of rows that the language model had, and the id of the first of `tokens`.
     """
-    num_own = language_model.get_input_embeddings().weight.shape[0]
+    embedding: Any = language_model.get_input_embeddings()
+    num_own = embedding.weight.shape[0]
     next_id = max(tokenizer.get_vocab().values()) + 1
     first = max(num_own, next_id)
     # a tokenizer numbers its tokens one after the other, and many models have more rows than tokens
     fillers = [f"<|filler_of_{tokens[0][2:-2]}|{number}|>" for number in range(first - next_id)]
     added = [AddedToken(token, special=True, normalized=False) for token in (*fillers, *tokens)]
     tokenizer.add_tokens(added, special_tokens=True)
-    found = tokenizer.convert_tokens_to_ids(list(tokens))
+    found: Any = tokenizer.convert_tokens_to_ids(list(tokens))
     if found != list(range(first, first + len(tokens))):
         raise ValueError(
             f"{type(tokenizer).__name__} numbers new tokens otherwise than one after the other ({found[:3]}...; expected "
@@ -207,7 +208,7 @@ def write_input_rows(language_model: PreTrainedModel, soft_prompts: Tensor, firs
     Raises:
         `ValueError`: if a lookup gives something else.
     """
-    embedding = language_model.get_input_embeddings()
+    embedding: Any = language_model.get_input_embeddings()
     weight = embedding.weight
     weight[first:] = (soft_prompts / scale).to(weight)
     looked_up = embedding(torch.arange(first, weight.shape[0], device=weight.device)[None])[0].float().cpu()
@@ -220,6 +221,11 @@ def write_input_rows(language_model: PreTrainedModel, soft_prompts: Tensor, firs
         )
 
 
+def is_tied(language_model: PreTrainedModel) -> bool:
+    """Whether input and output embeddings are one matrix."""
+    return language_model.get_output_embeddings().weight is language_model.get_input_embeddings().weight
+
+
 @torch.no_grad()
 def write_output_rows(language_model: PreTrainedModel, num_own: int) -> str:
     """
@@ -230,23 +236,23 @@ def write_output_rows(language_model: PreTrainedModel, num_own: int) -> str:
         are the products with the soft prompts.
     """
     head: Any = language_model.get_output_embeddings()
-    is_tied = head.weight is language_model.get_input_embeddings().weight
+    tied = is_tied(language_model)
     if getattr(head, "bias", None) is not None:
         head.bias[num_own:] = LOWEST_LOGIT
-    if not is_tied:
+    if not tied:
         head.weight[num_own:] = head.weight[:num_own].float().mean(dim=0).to(head.weight)
-    return "bias" if getattr(head, "bias", None) is not None else "tied" if is_tied else "mean"
+    return "bias" if getattr(head, "bias", None) is not None else "tied" if tied else "mean"
 
 
 def untie_embeddings(language_model: PreTrainedModel) -> None:
     """Give the output embeddings a matrix of their own, with the same numbers."""
     head: Any = language_model.get_output_embeddings()
-    if head.weight is not language_model.get_input_embeddings().weight:
+    if not is_tied(language_model):
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (language_model.config, language_model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    language_model.tie_weights()
+    config: Any = language_model.config
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
 
 
 def suppress(language_model: PreTrainedModel, ids: range) -> None:
@@ -260,7 +266,7 @@ def is_read_alike(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], lay
     Whether plain text behind the tokens of a user is read as without them, and they stand where training puts the soft
     prompt. Tokenizers that write a space in front of a text, and of the text only, read it otherwise.
     """
-    user = tokenizer.convert_tokens_to_ids(list(tokens))
+    user: Any = tokenizer.convert_tokens_to_ids(list(tokens))
     for text in PROMPTS:
         plain = tokenizer(text)["input_ids"]
         position = layout.position(plain)

@@ -52,14 +52,15 @@ def export_for_vllm(
     with staged_folder(target, last=EXPORT_FILE) as staging:
         (staging / USERS_FOLDER).mkdir()
         if parts.adapter is not None:
-            config: Any = parts.adapter.peft_config[parts.adapter.active_adapter]
-            adapter_rank = config.r
-            parts.adapter.save_pretrained(str(staging / ADAPTER_FOLDER))
-            language_model = parts.adapter.unload()
+            adapter: Any = parts.adapter
+            adapter_rank = adapter.peft_config[adapter.active_adapter].r
+            adapter.save_pretrained(str(staging / ADAPTER_FOLDER))
+            language_model = adapter.unload()
             write_token_embeddings(staging, language_model)
         language_model.save_pretrained(staging)
         tokenizer.save_pretrained(str(staging))
-        write_table(staging, user_model, language_model.get_input_embeddings().weight.dtype)
+        embedding: Any = language_model.get_input_embeddings()
+        write_table(staging, user_model, embedding.weight.dtype)
         parts.user_vocab.save_pretrained(staging / USERS_FOLDER)
         manifest = Manifest(
             format="vllm",

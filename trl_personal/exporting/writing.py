@@ -1,6 +1,7 @@
 """Where an export goes, and the table of soft prompts in it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -50,7 +51,7 @@ def write_table(folder: Path, user_model: UserModel, dtype: torch.dtype, batch_s
 @torch.no_grad()
 def write_token_embeddings(folder: Path, language_model: PreTrainedModel) -> None:
     """Write what a lookup of each token gives, `(vocab_size, token_dim)`."""
-    embedding = language_model.get_input_embeddings()
+    embedding: Any = language_model.get_input_embeddings()
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
     looked_up: Tensor = embedding(ids[None])[0]
     save_file({EMBEDDINGS_NAME: looked_up.cpu().contiguous()}, folder / EMBEDDINGS_FILE)

@@ -1,9 +1,11 @@
 """The engine of `python -m trl_personal.serving EXPORT --engine vllm`: soft prompts by row in front of what vLLM computes."""
 
+import copy
 import hashlib
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,19 @@ import torch
 from torch import Tensor
 
 from ..users import GENERIC_USER_INDEX, UserVocab
-from .interface import BLEND, GENERIC, UNKNOWN, USER, EngineError, Job, Messages, Piece, RequestError, Sampling, UserAdmin
+from .interface import (
+    BLEND,
+    GENERIC,
+    UNKNOWN,
+    USER,
+    EngineError,
+    Job,
+    Messages,
+    Piece,
+    RequestError,
+    Sampling,
+    UserAdmin,
+)
 from .manifest import ADAPTER_FOLDER, USERS_FOLDER, Layout, Manifest, read_manifest
 from .table import Table, soft_prompt_table, token_embedding_table
 
@@ -50,8 +64,8 @@ class VllmEngine:
         **engine_args: Arguments of vLLM's `AsyncEngineArgs`, such as `max_model_len` or `gpu_memory_utilization`.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: if the folder is no such export, or is damaged; for an argument that does not go with
-        soft prompts, above all an external KV cache.
+        `FileNotFoundError`, `ValueError`: if the folder is no such export, or is damaged; for an argument that does not go
+        with soft prompts, above all an external KV cache.
     """
 
     def __init__(self, folder: str | Path, name: str | None = None, **engine_args: Any) -> None:
@@ -63,7 +77,11 @@ class VllmEngine:
         self._vocab = UserVocab.from_pretrained(self.folder / USERS_FOLDER)
         self._prompts = PromptMaker(self.folder, self.manifest, self._vocab)
         self._config_args = engine_arguments(self.folder, self.manifest, engine_args)
+        self.max_tokens: int | None = None
         self._llm: Any = None
+        self._tokenizer: Any = None
+        self._lora: Any = None
+        self._encoding = threading.Lock()
         self._numbers = itertools.count()
         self._running = 0
 
@@ -79,13 +97,12 @@ class VllmEngine:
             connector = config.kv_transfer_config.kv_connector
             raise ValueError(KV_CACHE.format(name=connector, argument="kv_transfer_config"))
         self._llm = AsyncLLM.from_vllm_config(config)
-        self._tokenizer: Any = self._llm.get_tokenizer()
+        self._tokenizer = copy.deepcopy(self._llm.get_tokenizer())  # vLLM uses its own in other threads
         self._prompts.dtype = config.model_config.dtype
-        self._lora = None
         if self.manifest.adapter_rank is not None:
             self._lora = LoRARequest(ADAPTER_FOLDER, 1, str(self.folder / ADAPTER_FOLDER))
-        self.max_tokens: int | None = config.model_config.max_model_len - self.manifest.layout.num_virtual_tokens
-        self._vocab_size = config.model_config.get_vocab_size()
+        self.max_tokens = config.model_config.max_model_len - self.manifest.layout.num_virtual_tokens
+        self._vocab_size: int = config.model_config.get_vocab_size()
 
     async def stop(self) -> None:
         """End vLLM's processes."""
@@ -105,7 +122,7 @@ class VllmEngine:
     @property
     def vocab_size(self) -> int:
         """The number of token ids."""
-        return int(self._vocab_size)
+        return self._vocab_size
 
     @property
     def num_users(self) -> int:
@@ -121,14 +138,15 @@ class VllmEngine:
         if user_profile is not None:
             raise RequestError("The model was trained without profiles of users. Leave out the profile.")
         try:
-            if isinstance(prompt, str):
-                return list(self._tokenizer(prompt)["input_ids"])
-            text = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes them
+            with self._encoding:
+                if isinstance(prompt, str):
+                    return list(self._tokenizer(prompt)["input_ids"])
+                text = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+                return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes them
         except Exception as error:  # a chat template is code of its own, which may raise anything
             raise RequestError(f"The prompt cannot be turned into tokens: {error}") from error
 
-    async def generate(self, job: Job) -> AsyncIterator[Piece]:
+    async def generate(self, job: Job) -> AsyncGenerator[Piece]:
         """See [`~serving.interface.Engine.generate`]."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -175,7 +193,9 @@ class PromptMaker:
         self._embeddings: Table | None = None if manifest.adapter_rank is None else token_embedding_table(folder)
         expected = (len(vocab) + 1, manifest.layout.num_virtual_tokens, manifest.token_dim)
         if self._table.shape != expected:
-            raise ValueError(f"The soft prompts in {folder} have shape {self._table.shape}, not {expected}. Export again.")
+            raise ValueError(
+                f"The soft prompts in {folder} have shape {self._table.shape}, not {expected}. Export again."
+            )
 
     def soft_prompt(self, user: str | Mapping[str, float] | None, strength: float = 1.0) -> tuple[Tensor, str]:
         """
@@ -191,13 +211,14 @@ class PromptMaker:
                 return self._table[row], UNKNOWN if row == GENERIC_USER_INDEX else USER
             return self._blend([row], [strength]), USER
         rows = self._vocab.encode(list(user))
-        prompt = self._blend(rows, [strength * weight for weight in user.values()])
-        return prompt, BLEND if any(rows) else UNKNOWN
+        if not any(rows):
+            return self._table[GENERIC_USER_INDEX], UNKNOWN
+        return self._blend(rows, [strength * weight for weight in user.values()]), BLEND
 
     def _blend(self, rows: Sequence[int], weights: Sequence[float]) -> Tensor:
         generic = self._table[GENERIC_USER_INDEX].float()
         parts = (w * (self._table[row].float() - generic) for row, w in zip(rows, weights, strict=True))
-        return sum(parts, start=generic)
+        return torch.stack([generic, *parts]).sum(dim=0)
 
     def make(self, token_ids: Sequence[int], soft_prompt: Tensor) -> dict[str, Any]:
         """An `EmbedsPrompt`: token ids with the soft prompt between them, or beside a LoRA everything as embeddings."""
@@ -246,7 +267,9 @@ def engine_arguments(folder: Path, manifest: Manifest, given: Mapping[str, Any])
     if manifest.adapter_rank is not None:
         ranks = [rank for rank in LORA_RANKS if rank >= manifest.adapter_rank]
         if not ranks:
-            raise ValueError(f"vLLM takes a LoRA of rank {LORA_RANKS[-1]} at most, the adapter has {manifest.adapter_rank}.")
+            raise ValueError(
+                f"vLLM takes a LoRA of rank {LORA_RANKS[-1]} at most, the adapter has {manifest.adapter_rank}."
+            )
         lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ranks[0]}
     return {"enable_prefix_caching": True, **given, "model": str(folder), "enable_prompt_embeds": True, **lora}
 
