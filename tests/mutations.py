@@ -2002,6 +2002,7 @@ MUTATIONS = [
         "(own[:length].exp() * (own",
         "(base[:length].exp() * (own",
         ("probes",),
+    ),
     # --- Exports
     Mutation(
         "a user's tokens are not divided by the scale of the embeddings",

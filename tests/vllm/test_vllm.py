@@ -37,11 +37,12 @@ SETTINGS = {
 os.environ.update(SETTINGS)
 
 
-
 NUM_USERS, NUM_TOKENS, TIE, MAX_TIES = 100, 32, 1e-3, 2
 QUESTIONS = [
     "What is a good hobby for a rainy day?",
     "Write two sentences about the sea.",
+    "How do I make a cup of tea?",
+    "Give me a name for a small cat.",
 ]
 LONG = " ".join(f"Fact {i}: a person in town {i} likes thing number {i * 7 % 31}." for i in range(22))
 
