@@ -24,6 +24,7 @@ from trl_personal.serving.vllm_engine import VllmEngine
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: see docs/serving_vllm.md")
 EXPORT, EXPORT_LORA = os.environ.get("VLLM_EXPORT"), os.environ.get("VLLM_EXPORT_LORA")
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(EXPORT is None, reason="VLLM_EXPORT names no exported folder of a real model with 100 users"),
 ]
