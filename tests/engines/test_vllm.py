@@ -3,7 +3,7 @@ The engine of vLLM on a real export: token by token what transformers writes, an
 
 It runs in an environment of its own (docs/serving_vllm.md), where the package is installed without its dependencies:
 
-    VLLM_EXPORT=EXPORT VLLM_EXPORT_LORA=EXPORT_LORA pytest --noconftest -c /dev/null -s tests/vllm
+    VLLM_EXPORT=EXPORT VLLM_EXPORT_LORA=EXPORT_LORA pytest --noconftest -c /dev/null -s tests/engines
 """
 
 import asyncio
