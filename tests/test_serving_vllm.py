@@ -107,6 +107,7 @@ def test_arguments_that_do_not_go_with_soft_prompts_are_refused(exported, beside
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": 8,
+        "max_num_seqs": 1,
     }
 
 

@@ -270,7 +270,8 @@ def engine_arguments(folder: Path, manifest: Manifest, given: Mapping[str, Any])
             raise ValueError(
                 f"vLLM takes a LoRA of rank {LORA_RANKS[-1]} at most, the adapter has {manifest.adapter_rank}."
             )
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ranks[0]}
+        # vLLM 0.32 fails where one step has embeddings of one answer and token ids of another beside a LoRA
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ranks[0], "max_num_seqs": 1}
     return {"enable_prefix_caching": True, **given, "model": str(folder), "enable_prompt_embeds": True, **lora}
 
 
