@@ -27,9 +27,10 @@ OUTSIDE = {  # what a room, or a file of one, may import from outside the standa
     "intervals": {"numpy", "scipy"},
     "user_models": {"torch", "safetensors", "huggingface_hub"},
     "models.soft_prompt": {"torch"},
+    "serving.manifest": set(),
     "training.prefix_sharing": {"torch", "transformers"},
     "data": {"datasets", "numpy"},
-    "serving": {"torch", "safetensors", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"},
+    "serving": {"torch", "safetensors", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "vllm"},
 }
 # rooms on the ground import no room above them; others import what ARROWS says, and those on the ground: arrows run down
 GROUND = {
@@ -54,6 +55,7 @@ ARROWS = {
     "writing": {"models", "user_profile"},
     "serving": set(),
     "engine": {"serving", "writing", "models", "user_models", "user_profile"},
+    "exporting": {"serving", "models", "user_models"},
     "training": {"models", "user_models", "user_column", "user_profile"},
     "evaluation": {"audit", "training", "writing", "models", "user_models", "user_column", "user_profile"},
     "removal": {"training", "models", "user_models"},
@@ -63,6 +65,7 @@ ARROWS = {
         "new_users",
         "data",
         "evaluation",
+        "exporting",
         "removal",
         "training",
         "engine",

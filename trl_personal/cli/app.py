@@ -13,6 +13,7 @@ from .arguments import (
     PROG,
     make_audit_parser,
     make_eval_parser,
+    make_export_parser,
     make_generate_parser,
     make_info_parser,
     make_main_parser,
@@ -27,6 +28,7 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 PARSERS = {
     "audit": make_audit_parser,
     "eval": make_eval_parser,
+    "export": make_export_parser,
     "generate": make_generate_parser,
     "info": make_info_parser,
     "key": make_key_parser,
@@ -100,6 +102,10 @@ def _run(options: Namespace, arguments: Namespace) -> int:
         from .eval import run_eval
 
         run_eval(arguments)
+    elif options.command == "export":
+        from .export import run_export
+
+        run_export(arguments)
     elif options.command == "generate":
         from .generate import run_generate
 

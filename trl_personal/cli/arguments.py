@@ -18,6 +18,7 @@ commands:
   audit     say what preferences allow before training: users, leakage, room for personalization
   dpo       train on the preferences of users: `trl dpo` with a user_id column
   eval      say which users gain from their own soft prompt: accuracy, baselines, and a verdict
+  export    write a trained model for vLLM, or as one that any engine loads
   generate  write answers of a trained model, for every prompt and every user
   info      say what a trained model is: kind, users, sizes, versions
   key       make an API key for `serve`, with the users it may speak for
@@ -141,7 +142,7 @@ def make_main_parser() -> ArgumentParser:
     parser.add_argument(
         "command",
         metavar="COMMAND",
-        choices=("audit", "dpo", "eval", "generate", "info", "key", "serve", "users"),
+        choices=("audit", "dpo", "eval", "export", "generate", "info", "key", "serve", "users"),
         help="see below",
     )
     parser.add_argument("arguments", nargs=REMAINDER, help=SUPPRESS).required = False
@@ -371,6 +372,37 @@ def _add_loading_options(parser: ArgumentParser) -> None:
         help='where the weights go, such as "auto" or "cuda:0"; default: an accelerator, if any',
     )
     group.add_argument("--load_in_4bit", action="store_true", help="quantize the language model (bitsandbytes)")
+
+
+def make_export_parser() -> ArgumentParser:
+    """The options of `trl-personal export`."""
+    parser = CommandParser(
+        prog=f"{PROG} export",
+        description="Write a trained model, with its adapter merged, for other engines: for vLLM with the table of all soft "
+        "prompts, or as a transformers folder in which the soft prompt of each user is tokens of the vocabulary.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="folder that training wrote, or a repository on the hub")
+    parser.add_argument("--format", choices=("vllm", "tokens"), required=True, help="see above")
+    parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="a new folder for the export")
+    tokens = parser.add_argument_group("tokens")
+    users = tokens.add_mutually_exclusive_group()
+    users.add_argument("--users", metavar="A,B,...", help="ids of the users; default: all")
+    users.add_argument("--users_file", metavar="FILE", help="a file with one user id a line")
+    tokens.add_argument(
+        "--untie",
+        action="store_true",
+        help="give the output embeddings a matrix of their own, in which users' tokens are unlikely",
+    )
+    parser.add_argument_group("vllm").add_argument(
+        "--keep_adapter", action="store_true", help="leave a LoRA adapter beside its base instead of merging it"
+    )
+    loading = parser.add_argument_group("loading")
+    loading.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="type of the weights; default: auto, as saved"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def make_info_parser() -> ArgumentParser:

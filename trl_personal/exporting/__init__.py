@@ -1,0 +1,1 @@
+"""Exports: a trained model as files that other engines serve."""
