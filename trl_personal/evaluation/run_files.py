@@ -73,7 +73,7 @@ def next_commands(
 
     ```python
     >>> print(next_commands("out", ["ann", "bo"], "Why?"))
-    trl-personal eval out --dataset_name out/pairs --generate 8 --max_new_tokens 128
+    trl-personal eval out --dataset_name out/pairs --generate 12 --max_new_tokens 128
     trl-personal generate --model out --users ann,bo --prompt 'Why?' --max_new_tokens 128
     trl-personal info out
     ```
@@ -86,7 +86,7 @@ def next_commands(
     }
     given = [part for flag, value in options.items() if value is not None for part in (flag, value)]
     commands = [
-        ["trl-personal", "eval", folder, "--dataset_name", str(root / "pairs"), *given, "--generate", "8", *most],
+        ["trl-personal", "eval", folder, "--dataset_name", str(root / "pairs"), *given, "--generate", "12", *most],
         [
             "trl-personal",
             "generate",
