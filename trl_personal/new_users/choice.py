@@ -99,7 +99,8 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
         draws = [draw(pairs, h, beta, noise) for h in hypotheses]
         evidence[:, users] = torch.stack([found.evidence for found in draws])
     with_pairs = margins.counts() > 0
-    shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses))
+    decided = (2 * torch.sigmoid(beta * margins.start.double()) - 1).abs().mean()
+    shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses, float(decided)))
     choices = {}
     for users, pairs, numbers in chunks:
         if len(chunks) > 1:  # drawn again, as the draws of all would not fit

@@ -27,6 +27,7 @@ SAME_VALUE = 1e-9  # of an objective, up to rounding
 TOLERANCE = 1e-4  # of a Newton step
 # Before anybody's answers are seen: answers by chance, those of the start row, those of a row of one's own
 SHARES = {"chance": 0.7, "start": 0.1, "own": 0.2}
+DECIDED = 0.45  # from here on the share of chance is whole
 PRIOR_WEIGHT = 1.0  # of these shares, in users
 
 
@@ -89,10 +90,20 @@ def all_hypotheses() -> list[Hypothesis]:
     ]
 
 
-def initial_shares(hypotheses: list[Hypothesis]) -> Tensor:
-    """[`SHARES`] of each hypothesis, `(H,)`; those of a kind share alike."""
+def initial_shares(hypotheses: list[Hypothesis], decided: float = 1.0) -> Tensor:
+    """
+    [`SHARES`] of each hypothesis, `(H,)`; those of a kind share alike. Doubt is worth as much as there is to lose: where the
+    start row is undecided on the pairs, part of the share of chance goes to rows of one's own.
+
+    Args:
+        hypotheses (`list[Hypothesis]`): Those of [`all_hypotheses`].
+        decided (`float`, *optional*, defaults to `1.0`): How far the start row is from a coin on the pairs, on average: 0 where
+            it gives both answers the same probability, 1 where it is certain.
+    """
+    chance = SHARES["chance"] * min(1.0, decided / DECIDED)
+    shares = SHARES | {"chance": chance, "own": SHARES["own"] + SHARES["chance"] - chance}
     kinds = ["own" if h.moves else "chance" if h.noise == CHANCE else "start" for h in hypotheses]
-    return torch.tensor([SHARES[kind] / kinds.count(kind) for kind in kinds], dtype=torch.float64)
+    return torch.tensor([shares[kind] / kinds.count(kind) for kind in kinds], dtype=torch.float64)
 
 
 def log_likelihood(margins: Tensor, beta: float, noise: float) -> Tensor:
