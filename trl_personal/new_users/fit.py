@@ -97,8 +97,8 @@ def initial_shares(hypotheses: list[Hypothesis], decided: float = 1.0) -> Tensor
 
     Args:
         hypotheses (`list[Hypothesis]`): Those of [`all_hypotheses`].
-        decided (`float`, *optional*, defaults to `1.0`): How far the start row is from a coin on the pairs, on average: 0 where
-            it gives both answers the same probability, 1 where it is certain.
+        decided (`float`, *optional*, defaults to `1.0`): How far the start row is from a coin on the pairs, on average: 0
+            where it gives both answers the same probability, 1 where it is certain.
     """
     chance = SHARES["chance"] * min(1.0, decided / DECIDED)
     shares = SHARES | {"chance": chance, "own": SHARES["own"] + SHARES["chance"] - chance}
