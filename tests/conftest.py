@@ -178,8 +178,13 @@ def make_trainer(model_dirs, preferences, make_args):
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _levels_of_loggers():
+    """Quiet libraries, and our own loggers as they were: servers and commands set levels for their process."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    yield
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "trl_personal":
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def pytest_addoption(parser):
