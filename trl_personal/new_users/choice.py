@@ -27,6 +27,7 @@ LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
 FEW = 4  # pairs; fewer cannot agree often enough to make up for the doubt that they are by chance
 LEAST_GAIN_OF_FEW = -0.04  # of expected accuracy, for a user with fewer pairs than that
 MANY = 10  # pairs of a user, from which on they can tell between rows in the same direction
+LEAST_PROBABILITY = 0.7  # of a gain, for a user with so many pairs to leave the start row
 SCALES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.9
 
@@ -179,8 +180,11 @@ def _choose_for_one(
         best = 0
     picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
     sampled = truth[picked]
-    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
     at_start = torch.where(outcome[0] > 0, sampled, 1 - sampled).mean(1)
+    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
+    gains = float((chosen > at_start).double().mean()) if best else 0.0
+    if len(own) >= MANY and gains < LEAST_PROBABILITY:
+        best, chosen, gains = 0, at_start, 0.0
     low, high = chosen.quantile(
         torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)
     ).tolist()
@@ -193,7 +197,7 @@ def _choose_for_one(
         float(accuracies[0]),
         min(low, value),
         max(high, value),
-        float((chosen > at_start).double().mean()) if best else 0.0,
+        gains,
     )
 
 
