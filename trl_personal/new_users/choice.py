@@ -24,10 +24,10 @@ NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
 NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
 NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
 LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
-LEAST_GAIN_OF_FEW = (
-    -0.04
-)  # the same with fewer than `MANY` pairs, which cannot make up for the doubt that they are by chance
+FEW = 4  # pairs; fewer cannot agree often enough to make up for the doubt that they are by chance
+LEAST_GAIN_OF_FEW = -0.04  # of expected accuracy, for a user with fewer pairs than that
 MANY = 10  # pairs of a user, from which on they can tell between rows in the same direction
+LEAST_PROBABILITY = 0.7  # of a gain, for a user with so many pairs to leave the start row
 SCALES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.9
 
@@ -174,14 +174,17 @@ def _choose_for_one(
     outcome[0] = start  # the start row is no linear model
     accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
     best = _best_if_own(outcome, expected_if_own)
-    if accuracies[best] < accuracies[0] + (LEAST_GAIN if len(own) >= MANY else LEAST_GAIN_OF_FEW):
+    if accuracies[best] < accuracies[0] + (LEAST_GAIN if len(own) >= FEW else LEAST_GAIN_OF_FEW):
         best = 0
     if torch.equal(outcome[best] > 0, outcome[0] > 0):  # a row that changes no answer is nothing to trust
         best = 0
     picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
     sampled = truth[picked]
-    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
     at_start = torch.where(outcome[0] > 0, sampled, 1 - sampled).mean(1)
+    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
+    gains = float((chosen > at_start).double().mean()) if best else 0.0
+    if len(own) >= MANY and gains < LEAST_PROBABILITY:
+        best, chosen, gains = 0, at_start, 0.0
     low, high = chosen.quantile(
         torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)
     ).tolist()
@@ -194,7 +197,7 @@ def _choose_for_one(
         float(accuracies[0]),
         min(low, value),
         max(high, value),
-        float((chosen > at_start).double().mean()) if best else 0.0,
+        gains,
     )
 
 
