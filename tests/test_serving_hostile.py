@@ -22,7 +22,7 @@ from trl_personal.serving.keys import KeyFile, add_key
 from trl_personal.serving.server import create_app
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.hostile
 
 SMALL = Limits(max_body_bytes=20_000, max_tokens=40, default_tokens=8, max_seconds=20)
 
