@@ -138,8 +138,8 @@ MUTATIONS = [
     Mutation(
         "the model in the trainer is left there",
         "new_users/margins.py",
-        "        attach_user_model(model, *users, bos, template)\n",
-        "        attach_user_model(model, users[0].keep_rows(range(1, len(users[1]) + 1)), users[1], bos, template)\n",
+        "        attach_user_model(model, *users, bos, template, joined)\n",
+        "        attach_user_model(model, users[0].keep_rows(range(1, len(users[1]) + 1)), users[1], bos, template, joined)\n",
         ("new_users",),
     ),
     Mutation(

@@ -213,11 +213,12 @@ class PersonalizedTrainerMixin(ScoredEvaluationMixin, CheckpointsMixin):
     def terms(self, batch: dict[str, Any]) -> list[Term]:
         """The parts of the loss of a batch that holds the reference's outputs: what is computed for it, in this order."""
         alpha = self.args.personalization_alpha
+        if self.model.training and self.args.freeze == "shared":
+            alpha = 1.0  # the other term has nothing to move
         own = Term("", alpha, self.user_batch(batch))
         if self.model.training and self.args.generic_term == "sampled":
             return [Term("", 1.0, {**batch, "user_indices": self._sampled_users(batch["user_indices"])})]
-        has_one_term = alpha == 1 or self.args.freeze == "shared"  # the other has no weight, or nothing to move
-        if self.model.training and has_one_term:  # evaluation reports both all the same
+        if self.model.training and alpha == 1:  # a term without weight; evaluation reports it all the same
             return [own]
         return [own, Term("generic/", 1 - alpha, self.generic_batch(batch))]
 

@@ -64,7 +64,7 @@ class ScoredEvaluationMixin(Trainer):
         batch = trainer.user_batch(batch)
         rows = {name: value for name, value in batch.items() if name != "user_indices"}
         rows["soft_prompts"] = soft_prompts.repeat(self.rows_per_example, 1, 1)
-        with metrics_under(self, None), scored_outputs(self.model, self.scored_output) as scored:
+        with scored_outputs(self.model, self.scored_output) as scored, metrics_under(self, None):
             super().compute_loss(self.model, rows)
         return self.pair_margins(batch, scored[0])
 
