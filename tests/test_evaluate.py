@@ -1,5 +1,6 @@
 """`trl-personal eval`, end to end: planted preferences are found, shuffled ids are not, and the files say what was printed."""
 
+import importlib
 import json
 import random
 import re
@@ -11,9 +12,10 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from trl_personal.cli import main
-from trl_personal.evaluation import evaluate_model
+from trl_personal.evaluation import evaluate_model, score_pairs
 
 
+evaluate_module = importlib.import_module("trl_personal.evaluation.evaluate")
 USERS = {"ann": "shorter", "bo": "longer", "cy": "shorter", "di": "longer", "ed": "longer"}
 FILES = {
     *("evaluation.json", "users.json", "users.parquet", "pairs.parquet", "accuracy_by_user.png", "user_map.png"),
@@ -159,6 +161,30 @@ def test_answers_judge_and_probes_on_the_command_line(planted, folders, capsys, 
     assert code == 0, err
     assert "users" not in json.loads(out)["answers"]
     assert json.loads(out)["judge"] is None
+
+
+@pytest.mark.parametrize(
+    ("conflicts", "expected"),
+    [
+        (("a", "a", "b", "b", "b"), {"ann": "bo", "bo": "ann", "cy": "di", "di": "cy", "ed": "cy"}),
+        (("a", "b", "b", "a", "a"), {"ann": "di", "bo": "cy", "cy": "bo", "di": "ann", "ed": "ann"}),
+        (None, {"ann": "bo", "bo": "ann", "cy": "di", "di": "cy", "ed": "ann"}),  # somebody is in two conflicts
+    ],
+)
+def test_the_opposite_user_is_in_the_same_conflict(planted, folders, monkeypatch, conflicts, expected):
+    rows = Dataset.from_json(str(folders / "planted/test.jsonl"))
+    rows = rows.filter(lambda row: row["user_id"] in USERS)
+    of_user = dict(zip(USERS, conflicts or ("a", "a", "b", "b", "b"), strict=True))
+    column = [of_user[user] for user in rows["user_id"]]
+    if conflicts is None:
+        column[0] = "c"
+    seen, score = [], score_pairs
+    monkeypatch.setattr(
+        evaluate_module, "score_pairs", lambda trainer, name, users: seen.append(users) or score(trainer, name, users)
+    )
+    rows = rows.add_column("conflict", column)
+    evaluate_model(str(planted), rows, opposite_column="preference", batch_size=32, disable_tqdm=True)
+    assert seen == [expected]
 
 
 def test_each_held_out_pair_is_tokenized_once(planted, folders, monkeypatch):

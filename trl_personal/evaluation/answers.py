@@ -70,27 +70,34 @@ def answers_by_user(
     return answers
 
 
-def opposite_users(preferences: Mapping[str, str]) -> dict[str, str]:
+def opposite_users(preferences: Mapping[str, str], conflicts: Mapping[str, str] | None = None) -> dict[str, str]:
     """
     For each user one with another preference, in turn.
 
+    Args:
+        preferences (`Mapping[str, str]`): What each user prefers.
+        conflicts (`Mapping[str, str]`, *optional*): What each user is in conflict about; the other user is then one on another
+            side of the same conflict. Defaults to one conflict for all.
+
     Raises:
-        `ValueError`: if all users have the same preference.
+        `ValueError`: if all users of a conflict have the same preference.
 
     ```python
     >>> opposite_users({"ann": "longer", "bo": "shorter", "cy": "longer", "di": "longer"})
     {'ann': 'bo', 'bo': 'ann', 'cy': 'bo', 'di': 'bo'}
+    >>> opposite_users({"ann": "longer", "cy": "lists", "bo": "shorter", "di": "prose"}, dict(ann=1, bo=1, cy=2, di=2))
+    {'ann': 'bo', 'cy': 'di', 'bo': 'ann', 'di': 'cy'}
     ```
     """
-    opposite, turns = {}, Counter[str]()
+    opposite, turns = {}, Counter[tuple[str, str]]()
     for user_id, preference in preferences.items():
-        others = [other for other in preferences if preferences[other] != preference]
+        conflict = "" if conflicts is None else conflicts[user_id]
+        rivals = [user for user in preferences if conflicts is None or conflicts[user] == conflict]
+        others = [other for other in rivals if preferences[other] != preference]
         if not others:
-            raise ValueError(
-                f"All {len(preferences)} users prefer {preference!r}: nobody has the opposite preference."
-            )
-        opposite[user_id] = others[turns[preference] % len(others)]
-        turns[preference] += 1
+            raise ValueError(f"All {len(rivals)} users prefer {preference!r}: nobody has the opposite preference.")
+        opposite[user_id] = others[turns[conflict, preference] % len(others)]
+        turns[conflict, preference] += 1
     return opposite
 
 

@@ -191,7 +191,8 @@ def evaluate_model(
             steps. Vanilla DPO is trained for the others in any case, unless `vanilla` is given.
         max_steps (`int`, *optional*): Training steps of each baseline. Defaults to as many as the model was trained for.
         opposite_column (`str`, *optional*): The column with the preference of each row's user. Pairs are then also scored with
-            the prompt of an opposite user, who has another preference, and the map of users is colored by it.
+            the prompt of an opposite user, who has another preference (in the same conflict, if each user has one in a column
+            `conflict`), and the map of users is colored by it.
         settings (`Mapping`, *optional*): Settings such as `beta`, in place of those found in the folder.
         num_generate (`int`, *optional*, defaults to `0`): The number of prompts of `dataset` that every known user gets an
             answer to, with the user's first profile there if the training had profiles.
@@ -239,7 +240,8 @@ def evaluate_model(
     assert trainer.user_model is not None
     user_model, user_vocab = trainer.user_model, trainer.user_vocab
     of_known = {user: value for user, value in preferences.items() if user in user_vocab}
-    scored = score_pairs(trainer, PAIRS, opposite_users(of_known) if of_known else None)
+    conflicts = _conflicts_of_users(dataset, column)
+    scored = score_pairs(trainer, PAIRS, opposite_users(of_known, conflicts) if of_known else None)
     answers = WrittenAnswers()
     if num_generate:
         set_seed(seed)
@@ -374,6 +376,15 @@ def _values_by_user(dataset: Dataset, column: str, value_column: str | None) -> 
                 "one for each user."
             )
     return values
+
+
+def _conflicts_of_users(dataset: Dataset, column: str) -> dict[str, Any] | None:
+    """The conflict that each user is in; `None` if there is no `CONFLICT` column, or somebody is in several."""
+    if CONFLICT not in dataset.column_names:
+        return None
+    found = set(zip(iterate_user_ids(dataset, column, "evaluation"), dataset[CONFLICT], strict=True))
+    conflicts = {user: conflict for user, conflict in found if user is not None}
+    return conflicts if len(conflicts) == sum(user is not None for user, _ in found) else None
 
 
 def _chosen_lengths(dataset: Dataset, user_ids: Sequence[UserId]) -> dict[UserId, float]:
