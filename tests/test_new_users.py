@@ -14,6 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from trl_personal import AutoPersonalizedModelForCausalLM, UserVocab, attach_user_model
+from trl_personal.cli.users import run_users
+from trl_personal.cli.users_arguments import parse_users
 from trl_personal.cli.users_fit import run_users_add, run_users_update
 from trl_personal.cli.users_fit_arguments import make_users_add_parser, make_users_update_parser
 from trl_personal.evaluation.scoring import score_pairs
@@ -37,6 +39,7 @@ from trl_personal.new_users.margins import row_margins
 from trl_personal.new_users.prior import is_linear, prior_of_users
 from trl_personal.new_users.results import NOT_ENOUGH, fits_table
 from trl_personal.terminal import print_whole
+from trl_personal.training.run_folder import only_run_in
 from trl_personal.user_models import get_user_model_class
 
 
@@ -530,7 +533,9 @@ def test_what_the_command_line_refuses_leaves_the_folder_as_it_is(folder, tmp_pa
     with pytest.raises(ValueError, match="`ref_model`"):
         run_users_add(make_users_add_parser().parse_args([str(folder), "--dataset_name", str(tmp_path / "new.jsonl")]))
     with pytest.raises(FileNotFoundError, match="There is no folder"):
-        run_users_add(make_users_add_parser().parse_args([str(tmp_path / "nowhere"), "--user_ids", "eve"]))
+        run_users(parse_users(["add", str(tmp_path / "nowhere"), "--user_ids", "eve"]))
+    with only_run_in(folder), pytest.raises(RuntimeError, match="Another run is training in"):
+        run_users_add(make_users_add_parser().parse_args([str(folder), "--user_ids", "eve"]))
     assert hashes(folder) == before
 
 

@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from trl import DatasetMixtureConfig, ScriptArguments
@@ -26,8 +25,8 @@ from ..terminal import json_line, print_whole
 from ..training.settings import read_training_settings
 from .arguments import ColumnArguments
 from .model_folder import check_model_name
-from .preferences import load_preferences, select_split
-from .quantization import quantization_config
+from .preferences import in_memory, load_preferences, select_split
+from .quantization import loading_options
 
 
 TEST = "test"
@@ -64,7 +63,7 @@ def run_eval(arguments: Namespace) -> None:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             disable_tqdm=hidden,
-            **_loading(arguments),
+            **loading_options(arguments),
         )
         folder = Path(arguments.output_dir or beside(arguments.model, EVALUATION_ENDING))
         files = evaluation.save(folder)
@@ -114,7 +113,7 @@ def _test_split(splits: Splits, name: str | None) -> Dataset:
     """The split that was named; by default `test`, or the only split there is."""
     if name is None and TEST not in splits and len(splits) == 1:
         name = next(iter(splits))
-    return _rows(select_split(splits, name or TEST, TEST))
+    return in_memory(select_split(splits, name or TEST, TEST))
 
 
 def _train_split(splits: Splits, arguments: Namespace) -> Dataset | None:
@@ -123,23 +122,9 @@ def _train_split(splits: Splits, arguments: Namespace) -> Dataset | None:
         return None
     if arguments.train_dataset is not None:
         found = _load(arguments, arguments.train_dataset, None)
-        return _rows(select_split(found, arguments.dataset_train_split, "train"))
+        return in_memory(select_split(found, arguments.dataset_train_split, "train"))
     name = arguments.dataset_train_split
-    return _rows(splits[name]) if name in splits and len(splits) > 1 else None
-
-
-def _rows(split: Any) -> Dataset:
-    return split if isinstance(split, Dataset) else Dataset.from_list(list(split))
-
-
-def _loading(arguments: Namespace) -> dict[str, Any]:
-    """Keywords of `from_pretrained` that were asked for."""
-    options = {
-        "dtype": None if arguments.dtype == "auto" else arguments.dtype,
-        "device_map": arguments.device_map,
-        "quantization_config": quantization_config(arguments),
-    }
-    return {name: value for name, value in options.items() if value is not None}
+    return in_memory(splits[name]) if name in splits and len(splits) > 1 else None
 
 
 def _write(evaluation: ModelEvaluation, arguments: Namespace) -> None:

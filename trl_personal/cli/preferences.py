@@ -262,3 +262,8 @@ def select_split(dataset: Splits, split: str, purpose: str) -> AnyDataset:
     if isinstance(found, Dataset) and not len(found):
         raise ValueError(f"No pair is left in the split {split!r}: what was left out, and why, is told above.")
     return found
+
+
+def in_memory(split: AnyDataset) -> Dataset:
+    """A split whose rows have numbers: a stream is read to its end."""
+    return split if isinstance(split, Dataset) else Dataset.from_list(list(split))

@@ -16,12 +16,13 @@ from ..new_users.folder import write_users
 from ..new_users.join import add_users, update_users
 from ..new_users.results import UsersFit, fits_table
 from ..terminal import json_line, print_whole
+from ..training.run_folder import only_run_in
 from ..training.settings import read_training_settings
 from ..writing import processor_name
 from .arguments import ColumnArguments
 from .model_folder import check_model_name
-from .preferences import load_preferences, select_split
-from .quantization import quantization_config
+from .preferences import in_memory, load_preferences, select_split
+from .quantization import loading_options
 
 
 TRAIN = "train"
@@ -38,30 +39,23 @@ def run_users_update(arguments: Namespace) -> None:
 
 
 def _run(arguments: Namespace, is_update: bool) -> None:
-    if not Path(arguments.model).is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {arguments.model}. Name one that training wrote: it is changed in place."
-        )
     if arguments.ref_model is not None:
         check_model_name(arguments.ref_model, is_base=True)
     given = {name: getattr(arguments, name) for name in ("beta", "max_length", "user_id_column")}
     settings = read_training_settings(arguments.model) | {k: v for k, v in given.items() if v is not None}
     dataset = _load(arguments, settings)
-    options: dict[str, Any] = {
-        "dtype": None if arguments.dtype == "auto" else arguments.dtype,
-        "device_map": arguments.device_map,
-        "quantization_config": quantization_config(arguments),
-    }
-    with redirect_stdout(sys.stderr):  # progress does not go where the result goes
+    with (
+        only_run_in(Path(arguments.model)),  # a training would write its own users over these
+        redirect_stdout(sys.stderr),  # progress does not go where the result goes
+    ):
         if not sys.stderr.isatty():
             disable_progress_bars()
-        model = AutoPersonalizedModelForCausalLM.from_pretrained(
-            arguments.model, **{name: value for name, value in options.items() if value is not None}
-        )
+        model = AutoPersonalizedModelForCausalLM.from_pretrained(arguments.model, **loading_options(arguments))
         tokenizer = AutoProcessor.from_pretrained(processor_name(arguments.model))
         common: dict[str, Any] = {"settings": settings, "batch_size": arguments.batch_size}
         if is_update:
-            fitted = update_users(model, _required(dataset), tokenizer, arguments.ref_model, **common)
+            assert dataset is not None  # the parser asks for one
+            fitted = update_users(model, dataset, tokenizer, arguments.ref_model, **common)
         else:
             fitted = add_users(model, dataset, tokenizer, arguments.ref_model, user_ids=arguments.user_ids, **common)
         write_users(model, arguments.model)
@@ -79,14 +73,7 @@ def _load(arguments: Namespace, settings: dict[str, Any]) -> Dataset | None:
         user_profile_column=settings.get("user_profile_column"),
     )
     name = arguments.dataset_split or (next(iter(splits)) if len(splits) == 1 else TRAIN)
-    split = select_split(splits, name, TRAIN)
-    return split if isinstance(split, Dataset) else Dataset.from_list(list(split))
-
-
-def _required(dataset: Dataset | None) -> Dataset:
-    if dataset is None:
-        raise ValueError("There are no pairs to update by. Name them with `--dataset_name`.")
-    return dataset
+    return in_memory(select_split(splits, name, TRAIN))
 
 
 def _write(fitted: UsersFit, arguments: Namespace, start_name: str) -> None:
