@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from ..serving.keys import run_key
 from ..terminal import printable
 from .arguments import (
     PROG,
@@ -94,36 +93,8 @@ def _run(options: Namespace, arguments: Namespace) -> int:
         from .dpo import run_dpo
 
         return run_dpo(options)
-    if options.command == "audit":
-        from .audit import run_audit
-
-        run_audit(arguments)
-    elif options.command == "eval":
-        from .eval import run_eval
-
-        run_eval(arguments)
-    elif options.command == "export":
-        from .export import run_export
-
-        run_export(arguments)
-    elif options.command == "generate":
-        from .generate import run_generate
-
-        run_generate(arguments)
-    elif options.command == "key":
-        run_key(arguments)
-    elif options.command == "serve":
-        from .serve import run_serve
-
-        run_serve(arguments)
-    elif options.command == "users":
-        from .users import run_users
-
-        run_users(arguments)
-    else:
-        from .info import run_info
-
-        run_info(arguments)
+    module = "..serving.keys" if options.command == "key" else f".{options.command}"
+    getattr(import_module(module, __package__), f"run_{options.command}")(arguments)
     return 0
 
 
