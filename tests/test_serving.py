@@ -22,9 +22,9 @@ from engines import generate_alone, make_engine, make_tasks
 from trl_personal import AutoPersonalizedModelForCausalLM
 from trl_personal.cli import main
 from trl_personal.engine.loading import load_engine
-from trl_personal.models.generation import PersonalizedGeneration
+from trl_personal.models.folder_users import load_known_users, write_known_users
 from trl_personal.serving.gate import Limits
-from trl_personal.serving.interface import EngineError, Piece
+from trl_personal.serving.interface import EngineError, Piece, RequestError
 from trl_personal.serving.keys import KeyFile, add_key, read_keys
 from trl_personal.serving.run import check_address, open_socket
 from trl_personal.serving.server import create_app
@@ -650,7 +650,19 @@ def test_users_leave_and_take_their_rows_along(folder, tmp_path):
     assert generate_alone(reference, PROMPT, "user 3", 12) == found[0]["choices"][0]["text"]
 
 
-@pytest.mark.skipif(not hasattr(PersonalizedGeneration, "add_users"), reason="users do not join yet")
+def test_users_who_joined_in_the_folder_meanwhile_are_not_lost(folder):
+    engine = load_engine(str(folder), ref_model=str(folder))
+    users, config = load_known_users(folder)
+    write_known_users(folder, users.copied("user 1", "zoe"), config)  # as `trl-personal users copy` does
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for change in (lambda: engine.admin.remove_users(["user 3"]), lambda: engine.admin.add_users([], ["eve"])):
+        with pytest.raises(RequestError, match="changed by somebody else since the server read them"):
+            change()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not engine.knows("zoe")
+    assert engine.knows("user 3")
+
+
 def test_users_join_and_are_updated_while_others_are_answered(folder, tmp_path):
     path = tmp_path / "keys.json"
     headers = {"Authorization": f"Bearer {add_key(path, 'root', None, is_admin=True)}"}

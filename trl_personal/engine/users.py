@@ -17,7 +17,7 @@ from ..models.known_users import KnownUsers, known_users
 from ..models.loading import load_user_model
 from ..models.saving import USER_MODEL_FOLDER, get_base_model
 from ..serving.interface import RequestError
-from ..user_models.base import read_user_model_config
+from ..user_models.base import FILES_ENTRY, read_user_model_config
 from .transformers import TransformersEngine
 
 
@@ -42,6 +42,7 @@ class ModelUsers:
         ref_model: str | None = None,
     ) -> None:
         self._engine, self._tokenizer, self._folder, self._ref_model = engine, tokenizer, folder, ref_model
+        self._files = None if folder is None else _fingerprints(folder)
 
     def add_users(self, pairs: Sequence[Mapping[str, Any]], user_ids: Sequence[str]) -> Mapping[str, Any]:
         """See [`~serving.interface.UserAdmin.add_users`]."""
@@ -89,10 +90,25 @@ class ModelUsers:
         return {**told, "num_users": len(users.user_vocab), "is_saved": self._folder is not None}
 
     def _write(self, folder: Path, users: KnownUsers) -> KnownUsers:
-        """Write users to the folder; returns them with their tables mapped from there."""
+        """
+        Write users to the folder; returns them with their tables mapped from there.
+
+        Raises:
+            [`RequestError`]: if the folder's users are no longer those that the server read or wrote last: they would be lost.
+        """
         user_folder = folder / USER_MODEL_FOLDER
+        if _fingerprints(folder) != self._files:
+            raise RequestError(
+                "The users in the model's folder were changed by somebody else since the server read them, so nothing was "
+                "changed now. Start the server again."
+            )
         write_known_users(folder, users, read_user_model_config(user_folder))
+        self._files = _fingerprints(folder)
         return replace(users, user_model=load_user_model(user_folder, map_users=True)[0])
+
+
+def _fingerprints(folder: Path) -> Any:
+    return read_user_model_config(folder / USER_MODEL_FOLDER).get(FILES_ENTRY)
 
 
 @contextmanager
