@@ -139,7 +139,7 @@ def main(script_args, training_args, model_args):
     answers = [evaluation.answers_table(0, pair), evaluation.answers_table(1, [*pair, users[-2], None])]
     print_whole(evaluation.users_table(), *answers, evaluation.report.verdict)
     print_whole(f"{output_dir}/results.json and length_by_user.png after {seconds:.0f} s. Go on with:\n")
-    print_whole(next_commands(output_dir, pair, prompts[0], ref_model=model, opposite_column="preference"))
+    print(next_commands(output_dir, pair, prompts[0], ref_model=model, opposite_column="preference"))
 
 
 if __name__ == "__main__":

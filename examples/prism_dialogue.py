@@ -138,7 +138,7 @@ def main(script_args, training_args, model_args):
     print_whole("Unknown users:", unknown_users, evaluation.answers_table(0, [*users[:3], None]))
     print_whole(evaluation.report.verdict)
     print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {seconds:.0f} s. Go on with:\n")
-    print_whole(next_commands(output_dir, users[:2], prompts[0], ref_model=model, opposite_column=column))
+    print(next_commands(output_dir, users[:2], prompts[0], ref_model=model, opposite_column=column))
 
 
 if __name__ == "__main__":

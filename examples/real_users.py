@@ -185,7 +185,7 @@ def main(script_args, training_args, model_args):
     print_whole(*(evaluation.answers_table(i, list(sides)) for i in range(min(3, len(prompts)))))
     print_whole(evaluation.report.verdict, report.verdict, evaluation.overall_verdict)
     print_whole(f"{output_dir}/results.json and users.png after {seconds:.0f} s. Go on with:\n")
-    print_whole(next_commands(output_dir, list(sides), prompts[0], opposite_column="side"))
+    print(next_commands(output_dir, list(sides), prompts[0], opposite_column="side"))
 
 
 if __name__ == "__main__":

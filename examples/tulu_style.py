@@ -137,7 +137,7 @@ def main(script_args, training_args, model_args):
     print_whole(evaluation.users_table(), *(evaluation.answers_table(0, part) for part in (users[:3], users[3:])))
     print_whole(evaluation.answers_table(1, [*users[4:], None]), evaluation.report.verdict)
     print_whole(f"{output_dir}/results.json and accuracy_by_user.png after {seconds:.0f} s. Go on with:\n")
-    print_whole(next_commands(output_dir, users[:2], prompts[0], ref_model=model))
+    print(next_commands(output_dir, users[:2], prompts[0], ref_model=model))
 
 
 if __name__ == "__main__":

@@ -163,6 +163,16 @@ def test_pairs_that_separate_and_answers_that_do_not():
     assert overall_verdict(pairs.has_gain, report) == "Personal on pairs, not in the answers yet."
 
 
+def test_counts_in_the_sentence_are_counts():
+    answers = {
+        "ann": ["so it is and is so."] * len(PROMPTS),
+        "bo": ["so it. is and. is so."] * len(PROMPTS),
+    }
+    report = evaluate_answers(answers, PROMPTS)
+    assert "sentences (from 1.0 to 3.0)" in report.verdict
+    assert "sentence length (from 2.0 to 6.0)" in report.verdict
+
+
 def test_answers_that_separate_are_found_with_their_features_and_directions():
     lengths = {"ann": (4, 9), "bo": (20, 30), "cy": (4, 9), "di": (20, 30)}
     answers = answers_of({**lengths, None: (12, 16)})

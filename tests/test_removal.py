@@ -58,7 +58,7 @@ def rows():
     return found
 
 
-def train(model, out, kind, lora, **more):
+def train(model, out, kind, lora, quantization_config=None, **more):
     settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 2, "max_length": 32}
     settings |= {"num_virtual_tokens": 3, "logging_steps": 1, "save_steps": 1, "report_to": "none", "use_cpu": True}
     settings |= {"bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "user_model_kind": kind}
@@ -68,6 +68,7 @@ def train(model, out, kind, lora, **more):
         args=PersonalizedDPOConfig(output_dir=str(out), **settings | more),
         train_dataset=datasets.Dataset.from_list(rows()),
         peft_config=peft_config,
+        quantization_config=quantization_config,
         user_vocab=UserVocab(USERS),
     )
     trainer.train()

@@ -15,6 +15,10 @@ FEATURES = (
     *("type_token_ratio", "prompt_overlap", "second_person"),
 )
 
+LOGGED = frozenset(  # counts, as log(1 + n)
+    {"words", "sentences", "sentence_length", "lines", "list_marks", "commas", "question_marks", "exclamation_marks"}
+) | {"brackets", "quotes", "markup", "emoji"}
+
 SECOND_PERSON = frozenset({b"you", b"your", b"yours", b"you're", b"you'll", b"you've", b"you'd", b"yourself"})
 MAX_CHARACTERS = 20_000  # of a text; the rest does not count
 BATCH_SIZE = 2_000  # texts that are counted at once, which bounds the memory
@@ -74,7 +78,7 @@ def _combine(counts: dict[str, FloatArray], words: FloatArray) -> FloatArray:
     columns = counts | {
         "word_length": word_length,
         "sentences": sentences,
-        "sentence_length": np.log1p(sentence_length),
+        "sentence_length": sentence_length,
         "reading_grade": np.clip(0.39 * sentence_length + 11.8 * counts["syllables"] / num_words - 15.59, 0, 40),
         "digits": counts["digits"] / num_characters,
         "capitals": counts["capitals"] / num_characters,
@@ -82,9 +86,7 @@ def _combine(counts: dict[str, FloatArray], words: FloatArray) -> FloatArray:
         "prompt_overlap": words[:, 1],
         "second_person": words[:, 2],
     }
-    logged = {"words", "sentences", "lines", "list_marks", "commas", "question_marks", "exclamation_marks"}
-    logged |= {"brackets", "quotes", "markup", "emoji"}
-    return np.stack([np.log1p(columns[name]) if name in logged else columns[name] for name in FEATURES], axis=1)
+    return np.stack([np.log1p(columns[name]) if name in LOGGED else columns[name] for name in FEATURES], axis=1)
 
 
 def _count_marks(texts: Sequence[str]) -> dict[str, FloatArray]:

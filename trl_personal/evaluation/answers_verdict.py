@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..arrays import FloatArray, IntArray
+from ..audit.text_features import LOGGED
 from ..intervals import Interval, cluster_mean, cluster_share
 from ..users import UserId
 from .answer_features import ANSWER_FEATURES, answer_features, check_answers, count_words, distinct_n
@@ -277,7 +278,9 @@ def _sentence(
 
 def _range_of(name: str, users: Sequence[UserAnswers]) -> str:
     values = [user.means[name].value for user in users if name in user.means]
-    digits = 1 if name == "words" else 2
+    if name in LOGGED - {"words"}:  # counts read as counts; words are not on a log scale here
+        values = [float(np.expm1(value)) for value in values]
+    digits = 1 if name in LOGGED else 2
     return f"{name.replace('_', ' ')} (from {min(values):.{digits}f} to {max(values):.{digits}f})"
 
 

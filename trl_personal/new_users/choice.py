@@ -22,7 +22,7 @@ from .fit import (
 NUM_DRAWS = 192  # of each hypothesis
 NUM_ASKED = 96  # pairs that the choice of a row is judged on, at most
 NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
-NUMBERS_AT_ONCE = 1 << 22  # of users times draws times pairs
+NUMBERS_AT_ONCE = 1 << 18  # of users times draws times pairs
 LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
 FEW = 4  # pairs; fewer cannot agree often enough to make up for the doubt that they are by chance
 LEAST_GAIN_OF_FEW = -0.04  # of expected accuracy, for a user with fewer pairs than that
