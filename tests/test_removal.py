@@ -45,7 +45,6 @@ MATRIX = [
     ("low_rank", "gptj", True),
     ("point", "llama", False),
 ]
-WHOLE_MATRIX = [(kind, family, lora) for kind in KINDS for family in ("gptj", "llama") for lora in (False, True)]
 
 
 def rows():
@@ -188,12 +187,6 @@ def test_nothing_is_left_of_who_leaves_and_others_stay_to_the_last_bit(runs, tmp
         with torch.no_grad():
             for row, logits in enumerate(expected):
                 assert torch.equal(left(input_ids=ids, user_indices=torch.tensor([row])).logits, logits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "family", "lora"), WHOLE_MATRIX)
-def test_who_leaves_in_every_kind_family_and_way_of_training(runs, tmp_path, kind, family, lora):
-    check_leaving(runs(kind, family, lora, tmp_path / "out"))
 
 
 def test_a_run_goes_on_without_who_left(runs, model_dirs, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import make_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_exporting import USERS, T, make_personalized
 
 from trl_personal.exporting.vllm_folder import export_for_vllm
@@ -107,8 +107,19 @@ def test_arguments_that_do_not_go_with_soft_prompts_are_refused(exported, beside
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": 8,
-        "max_num_seqs": 1,
+        "lora_target_modules": ["q_proj", "v_proj"],
     }
+
+
+def test_an_adapter_of_the_token_embeddings_answers_one_at_a_time(beside_adapter, tmp_path):
+    """vLLM 0.32 cannot mix embeddings and token ids in a step there."""
+    (tmp_path / "adapter").mkdir()
+    tensors = load_file(beside_adapter / "adapter" / "adapter_model.safetensors")
+    tensors |= {f"base_model.model.model.embed_tokens.lora_embedding_{part}": torch.zeros(8, 8) for part in "AB"}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    arguments = engine_arguments(tmp_path, read_manifest(beside_adapter), {"max_num_seqs": 128})
+    assert arguments["max_num_seqs"] == 1
+    assert "lora_target_modules" not in arguments
 
 
 def test_a_table_of_another_shape_is_refused(exported, tmp_path):

@@ -1,5 +1,6 @@
 """A trained folder, scored: the numbers are those of the trainer that trained it."""
 
+import gc
 import json
 import logging
 import pickle
@@ -15,7 +16,7 @@ from trl_personal.evaluation.trained_model import (
     PAIRS,
     make_scoring_trainer,
     read_log_history,
-    temporary_folder,
+    temporary_arguments,
 )
 from trl_personal.training.settings import check_settings_file, read_training_settings
 
@@ -127,10 +128,15 @@ def test_a_pickle_is_not_read_and_the_settings_to_give_are_named(tmp_path, capsy
 
 
 def test_two_evaluations_on_one_machine_have_folders_of_their_own():
-    first, second = Path(temporary_folder()), Path(temporary_folder())
+    arguments = temporary_arguments(use_cpu=True), temporary_arguments(use_cpu=True)
+    first, second = (Path(args.output_dir) for args in arguments)
     assert first != second
     assert first.is_dir()
     assert not [*first.iterdir(), *second.iterdir()]
+    del arguments
+    gc.collect()
+    assert not first.exists()
+    assert not second.exists()
 
 
 def test_settings_are_read_without_the_pickle_beside_them(saved, tmp_path):

@@ -12,12 +12,11 @@ from transformers import AutoProcessor, PrinterCallback
 
 from ..arrays import FloatArray
 from ..models.loading import is_adapter
-from ..training.config import PersonalizedDPOConfig
 from ..training.dpo import PersonalizedDPOTrainer
 from ..training.settings import SCORING, TRAINING
 from ..user_column import iterate_user_ids
 from .scoring import ScoredPairs, score_pairs
-from .trained_model import machine_settings, temporary_folder
+from .trained_model import machine_settings, temporary_arguments
 
 
 BASELINES = ("vanilla", "user_id_text", "in_context", "lora_per_user")
@@ -79,10 +78,9 @@ def train_without_users(
         **model_kwargs: Keywords of `from_pretrained`, such as `dtype`.
     """
     kept = {name: value for name, value in settings.items() if name in (*SCORING, *TRAINING)}
-    args = PersonalizedDPOConfig(
+    args = temporary_arguments(
         **kept | ({} if max_steps is None else {"max_steps": max_steps}) | machine_settings(settings),
         user_model_kind="none",
-        output_dir=temporary_folder(),
         per_device_eval_batch_size=batch_size,
         model_init_kwargs={"dtype": "float32", **model_kwargs},
         save_strategy="no",

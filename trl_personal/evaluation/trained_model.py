@@ -1,7 +1,7 @@
 """A model that training wrote: its log, and a trainer around it that scores pairs as its own training would."""
 
-import atexit
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import mkdtemp
@@ -38,11 +38,12 @@ def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
     return []
 
 
-def temporary_folder() -> str:
-    """A folder of this evaluation's own, for a trainer that saves nothing; it is removed when the process ends."""
+def temporary_arguments(**settings: Any) -> PersonalizedDPOConfig:
+    """Arguments of a trainer that saves nothing, with a folder of its own that is removed when they go, or the process ends."""
     folder = mkdtemp(prefix="trl_personal-evaluation-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    args = PersonalizedDPOConfig(output_dir=folder, **settings)
+    weakref.finalize(args, shutil.rmtree, folder, ignore_errors=True)
+    return args
 
 
 def make_scoring_trainer(
@@ -123,11 +124,10 @@ def scoring_trainer_around(
             "user_model_kind": user_model.kind,
             "num_virtual_tokens": user_model.config.num_virtual_tokens,
         }
-    args = PersonalizedDPOConfig(
+    args = temporary_arguments(
         **{key: value for key, value in settings.items() if key in SCORING}
         | machine_settings(settings)
         | user_settings,
-        output_dir=temporary_folder(),
         per_device_eval_batch_size=batch_size,
         disable_tqdm=disable_tqdm,
         gradient_checkpointing=False,

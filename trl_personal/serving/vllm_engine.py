@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..users import GENERIC_USER_INDEX, UserVocab
@@ -40,6 +41,7 @@ OURS = {  # arguments of vLLM that are decided here, with why
     "enable_lora": "the adapter is that of the export, if it was kept",
     "max_lora_rank": "the adapter is that of the export, if it was kept",
     "max_loras": "the adapter is that of the export, if it was kept",
+    "lora_target_modules": "the adapter is that of the export, if it was kept",
     "speculative_config": "a draft model reads token ids, which do not hold a soft prompt",
 }
 KV_CACHE = (
@@ -249,10 +251,10 @@ def engine_arguments(folder: Path, manifest: Manifest, given: Mapping[str, Any])
         `ValueError`: for arguments that are decided here, and for an external KV cache.
 
     ```python
-    >>> manifest = Manifest("vllm", Layout(10), num_users=2, token_dim=8, adapter_rank=12)
+    >>> manifest = Manifest("vllm", Layout(10), num_users=2, token_dim=8)
     >>> arguments = engine_arguments(Path("export"), manifest, {"max_model_len": 1024})
-    >>> arguments["max_model_len"], arguments["enable_prompt_embeds"], arguments["max_lora_rank"]
-    (1024, True, 16)
+    >>> arguments["max_model_len"], arguments["enable_prompt_embeds"]
+    (1024, True)
     ```
     """
     for name, why in OURS.items():
@@ -270,9 +272,20 @@ def engine_arguments(folder: Path, manifest: Manifest, given: Mapping[str, Any])
             raise ValueError(
                 f"vLLM takes a LoRA of rank {LORA_RANKS[-1]} at most, the adapter has {manifest.adapter_rank}."
             )
-        # vLLM 0.32 fails where one step has embeddings of one answer and token ids of another beside a LoRA
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ranks[0], "max_num_seqs": 1}
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ranks[0]}
+        modules, has_embeddings = adapted_modules(folder)
+        # vLLM 0.32 wraps the token embeddings of every model with a LoRA unless it is told which modules have one, and fails
+        # there where one step has embeddings of one answer and token ids of another
+        lora |= {"max_num_seqs": 1} if has_embeddings else {"lora_target_modules": modules}
     return {"enable_prefix_caching": True, **given, "model": str(folder), "enable_prompt_embeds": True, **lora}
+
+
+def adapted_modules(folder: Path) -> tuple[list[str], bool]:
+    """The last part of the names of modules that an export's adapter changes, and whether token embeddings are among them."""
+    with safe_open(folder / ADAPTER_FOLDER / "adapter_model.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if ".lora_" in key]
+    modules = {key.partition(".lora_")[0].rpartition(".")[2] for key in keys}
+    return sorted(modules), any(".lora_embedding_" in key for key in keys)
 
 
 def sampling_params(sampling: Sampling) -> Any:
