@@ -1,4 +1,4 @@
-.PHONY: help install install-lowest install-main lowest style check test test-slow test-hostile test-all examples build wheel-check
+.PHONY: help install install-lowest install-main lowest style check test test-slow test-all examples build wheel-check
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -26,9 +26,6 @@ test:  ## the default suite, under 5 minutes on two cores
 
 test-slow:  ## what takes longer, or several processes
 	OMP_NUM_THREADS=1 pytest --dist worksteal -m "slow and not gpu"
-
-test-hostile:  ## malformed requests to a server, and kills of it
-	OMP_NUM_THREADS=1 pytest -n 0 -m hostile
 
 test-all: test test-slow  ## both
 

@@ -395,6 +395,27 @@ def test_a_body_that_is_too_large_or_too_slow():
     assert ask_app(app, work) == [413, 413, 408]
 
 
+def test_a_client_that_sends_too_much_reads_why(server):
+    """Over a real connection: one that is closed while the client sends would be reset."""
+    body = b'{"prompt": "' + b"a" * 3_000_000
+    headers = {"Authorization": f"Bearer {server[2]['all']}", "Content-Type": "application/json"}
+    for content in (body, iter([body[i : i + 50_000] for i in range(0, len(body), 50_000)])):
+        answer = httpx.post(f"{server[0]}/v1/completions", content=content, headers=headers, timeout=30)
+        assert answer.status_code == 413
+        assert "larger than 1000000 bytes" in answer.json()["error"]["message"]
+
+
+def test_no_answer_waits_for_the_clients_acknowledgement(server):
+    """With Nagle's algorithm each takes at least 40 ms."""
+    seconds = []
+    with httpx.Client(base_url=server[0]) as client:
+        for _ in range(21):
+            start = time.perf_counter()
+            client.get("/health")
+            seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[5] < 0.02
+
+
 def test_administrators_may_send_more(tmp_path):
     path = tmp_path / "keys.json"
     secrets = [add_key(path, "app", None), add_key(path, "root", None, is_admin=True)]

@@ -22,7 +22,7 @@ from trl_personal.serving.keys import KeyFile, add_key
 from trl_personal.serving.server import create_app
 
 
-pytestmark = pytest.mark.hostile
+pytestmark = pytest.mark.slow
 
 SMALL = Limits(max_body_bytes=20_000, max_tokens=40, default_tokens=8, max_seconds=20)
 
@@ -110,14 +110,17 @@ FIELDS = [
 
 
 def random_request(rng):
-    """Method, path, headers and body; about a third begin as a right request."""
+    """Method, path, headers and body; one of twelve is right, about a third begin as a right request."""
+    if rng.random() < 1 / 12:
+        right = {"prompt": PROMPT, "max_tokens": 2, "user": rng.choice(["user 1", "user 2"])}
+        return "POST", ROUTES[0], {"Content-Type": "application/json"}, json.dumps(right).encode()
     right = (
         {"prompt": PROMPT, "max_tokens": 2}
         if rng.random() < 0.5
         else {"messages": [{"role": "user", "content": PROMPT}]}
     )
     body = right if rng.random() < 0.35 else {}
-    for _ in range(rng.randint(0, 4)):
+    for _ in range(rng.choice([0, 0, 1, 2, 3, 4])):
         body[rng.choice(FIELDS)] = random_json(rng)
     raw = json.dumps(body).encode("utf-8", "surrogatepass")
     kind = rng.random()
@@ -148,16 +151,20 @@ def random_request(rng):
     )
 
 
-def test_500_random_requests(hostile):
+def test_1000_random_requests(hostile):
     """A seeded fuzz: statuses of 2xx and 4xx alone (501 from the routes of administrators, as this engine has none)."""
     address, _, secret, root = hostile
     rng, statuses = random.Random(0), []
     with httpx.Client(base_url=address, timeout=25) as client:
-        for _ in range(500):
+        for _ in range(1000):
             method, path, headers, raw = random_request(rng)
             key = rng.choice([secret] * 6 + [root, "wrong", "tp_app_", ""])
             headers["Authorization"] = f"Bearer {key}".strip()
-            response = client.request(method, path, headers=headers, content=raw)
+            try:
+                response = client.request(method, path, headers=headers, content=raw)
+            except (httpx.ReadError, httpx.WriteError):  # what is no HTTP is told so, and the rest of it is not read
+                assert "\x7f" in headers["Content-Type"]
+                continue
             statuses.append(response.status_code)
             assert response.status_code < 500 or response.status_code == 501, (response.status_code, path, raw[:300])
             if response.status_code == 200 and "user 2" in json.dumps(raw.decode("utf-8", "replace")):
