@@ -1,5 +1,6 @@
 """What can be told of the engine of vLLM without vLLM: prompts, arguments, and what it may import."""
 
+import shutil
 import subprocess
 import sys
 
@@ -70,8 +71,27 @@ def test_a_prompt_has_the_soft_prompt_where_training_puts_it(exported, ids, posi
     assert prompt["prompt_embeds"].shape == (len(ids) + T, 32)
 
 
-def test_beside_an_adapter_all_is_embeddings(beside_adapter):
-    maker, model = prompt_maker(beside_adapter), make_personalized("llama")
+def test_beside_an_adapter_a_prompt_is_the_same(beside_adapter):
+    soft_prompt, _ = prompt_maker(beside_adapter).soft_prompt("ann")
+    prompt = prompt_maker(beside_adapter).make([1, 5, 6], soft_prompt)
+    assert prompt["prompt_is_token_ids"] == [True, *[False] * T, True, True]
+
+
+@pytest.fixture
+def with_adapted_embeddings(beside_adapter, tmp_path):
+    """The same export with a LoRA of the token embeddings too."""
+    folder = tmp_path / "export"
+    shutil.copytree(beside_adapter, folder)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    added = {f"base_model.model.model.embed_tokens.lora_embedding_{part}": torch.zeros(8, 8) for part in "AB"}
+    save_file(load_file(path) | added, path)
+    return folder
+
+
+def test_beside_an_adapter_of_the_token_embeddings_all_is_embeddings(beside_adapter, with_adapted_embeddings):
+    manifest = read_manifest(beside_adapter)
+    maker = PromptMaker(with_adapted_embeddings, manifest, UserVocab(USERS))
+    model = make_personalized("llama", lora=True)
     soft_prompt, _ = maker.soft_prompt("ann")
     prompt = maker.make([1, 5, 6], soft_prompt)
     tokens = model.get_input_embeddings()(torch.tensor([1, 5, 6])).detach()
@@ -79,6 +99,9 @@ def test_beside_an_adapter_all_is_embeddings(beside_adapter):
     assert prompt.keys() == {"prompt_embeds", "cache_salt"}
     maker.dtype = torch.bfloat16
     assert maker.make([1], soft_prompt)["prompt_embeds"].dtype == torch.bfloat16
+    arguments = engine_arguments(with_adapted_embeddings, manifest, {"max_num_seqs": 128})
+    assert arguments["max_num_seqs"] == 1  # vLLM 0.32 cannot mix embeddings and token ids in a step there
+    assert "lora_target_modules" not in arguments
 
 
 def test_each_soft_prompt_has_a_salt_of_its_own(exported):
@@ -109,17 +132,6 @@ def test_arguments_that_do_not_go_with_soft_prompts_are_refused(exported, beside
         "max_lora_rank": 8,
         "lora_target_modules": ["q_proj", "v_proj"],
     }
-
-
-def test_an_adapter_of_the_token_embeddings_answers_one_at_a_time(beside_adapter, tmp_path):
-    """vLLM 0.32 cannot mix embeddings and token ids in a step there."""
-    (tmp_path / "adapter").mkdir()
-    tensors = load_file(beside_adapter / "adapter" / "adapter_model.safetensors")
-    tensors |= {f"base_model.model.model.embed_tokens.lora_embedding_{part}": torch.zeros(8, 8) for part in "AB"}
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    arguments = engine_arguments(tmp_path, read_manifest(beside_adapter), {"max_num_seqs": 128})
-    assert arguments["max_num_seqs"] == 1
-    assert "lora_target_modules" not in arguments
 
 
 def test_a_table_of_another_shape_is_refused(exported, tmp_path):

@@ -55,8 +55,8 @@ class VllmEngine:
     """
     An [`~serving.interface.Engine`] on vLLM, for a folder that `trl-personal export --format vllm` wrote.
 
-    A prompt goes to vLLM with the user's soft prompt where training puts it. Where the adapter is merged, vLLM looks the other
-    tokens up by itself (`prompt_is_token_ids`); beside a LoRA it takes whole prompts as embeddings. Its prefix cache finds
+    A prompt goes to vLLM with the user's soft prompt where training puts it. vLLM looks the other tokens up by itself
+    (`prompt_is_token_ids`); beside a LoRA of the token embeddings it takes whole prompts as embeddings. Its prefix cache finds
     blocks by a digest of the embeddings in them, and by a salt that is another one for each soft prompt: the soft prompt is in
     the first block, so no two users have a block in common anyway.
 
@@ -192,7 +192,8 @@ class PromptMaker:
         self.dtype = torch.float32  # vLLM's, once it is known
         self._vocab = vocab
         self._table: Table = soft_prompt_table(folder)
-        self._embeddings: Table | None = None if manifest.adapter_rank is None else token_embedding_table(folder)
+        is_all_embeddings = manifest.adapter_rank is not None and adapted_modules(folder)[1]
+        self._embeddings: Table | None = token_embedding_table(folder) if is_all_embeddings else None
         expected = (len(vocab) + 1, manifest.layout.num_virtual_tokens, manifest.token_dim)
         if self._table.shape != expected:
             raise ValueError(
@@ -223,7 +224,7 @@ class PromptMaker:
         return torch.stack([generic, *parts]).sum(dim=0)
 
     def make(self, token_ids: Sequence[int], soft_prompt: Tensor) -> dict[str, Any]:
-        """An `EmbedsPrompt`: token ids with the soft prompt between them, or beside a LoRA everything as embeddings."""
+        """An `EmbedsPrompt`: token ids with the soft prompt between them, or all as embeddings beside a LoRA of these."""
         soft_prompt = soft_prompt.to(self.dtype)
         position, num_virtual_tokens = self.layout.position(token_ids), len(soft_prompt)
         salt = hashlib.sha256(soft_prompt.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -274,8 +275,8 @@ def engine_arguments(folder: Path, manifest: Manifest, given: Mapping[str, Any])
             )
         lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ranks[0]}
         modules, has_embeddings = adapted_modules(folder)
-        # vLLM 0.32 wraps the token embeddings of every model with a LoRA unless it is told which modules have one, and fails
-        # there where one step has embeddings of one answer and token ids of another
+        # vLLM 0.32 wraps the token embeddings of every model with a LoRA unless it is told which modules have one, and that
+        # layer fails where one step has embeddings of one answer and token ids of another
         lora |= {"max_num_seqs": 1} if has_embeddings else {"lora_target_modules": modules}
     return {"enable_prefix_caching": True, **given, "model": str(folder), "enable_prompt_embeds": True, **lora}
 
