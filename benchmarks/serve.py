@@ -28,7 +28,7 @@ from pathlib import Path
 import httpx
 import psutil
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from trl_personal import LowRankUserModelConfig, UserModelConfig, UserVocab
 from trl_personal.models.folder_checks import language_model_files
@@ -224,7 +224,7 @@ def make_folder(name: str, folder: Path, kind: str, num_users: int) -> None:
     shutil.copytree(
         name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("user_model", "vanilla", "warmed_up")
     )
-    width = AutoConfig.from_pretrained(folder).hidden_size
+    width = json.loads(Path(name, "user_model", "user_model_config.json").read_text())["token_dim"]
     config_class = LowRankUserModelConfig if kind == "low_rank" else UserModelConfig
     user_model = get_user_model_class(kind)(config_class(num_users, 10, width))
     for parameter in user_model.parameters():

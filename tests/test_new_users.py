@@ -21,7 +21,7 @@ from trl_personal.cli.users_fit_arguments import make_users_add_parser, make_use
 from trl_personal.evaluation.scoring import score_pairs
 from trl_personal.evaluation.trained_model import PAIRS, make_scoring_trainer
 from trl_personal.models.saving import get_base_model
-from trl_personal.new_users.choice import LinearMargins, choose
+from trl_personal.new_users.choice import LinearMargins, _left_out, choose
 from trl_personal.new_users.fit import (
     Hypothesis,
     Pairs,
@@ -30,6 +30,7 @@ from trl_personal.new_users.fit import (
     fit,
     initial_shares,
     learn_shares,
+    leave_one_out,
     log_likelihood,
     posterior,
 )
@@ -214,6 +215,52 @@ def test_evidence_is_the_integral_over_codes():
         assert found.evidence.exp().item() == pytest.approx(torch.trapezoid(weight, z).item(), rel=0.03)
         mean = (torch.trapezoid(weight * z, z) / torch.trapezoid(weight, z)).item()
         assert (found.weights[0] @ found.codes[0, :, 0]).item() == pytest.approx(mean, abs=0.15)
+
+
+def test_an_answer_that_is_left_out_is_predicted_by_the_others():
+    """Against the same integrals over a grid, of two hypotheses together."""
+    start = torch.tensor([[0.4, -1.0, 0.3]], dtype=torch.float64)
+    slopes = torch.tensor([[[1.0], [1.5], [-0.5]]], dtype=torch.float64)
+    pairs, beta = Pairs(start, start, slopes, start > -9), 0.8
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hypotheses = [Hypothesis(0.5, 0.1), Hypothesis(float("inf"), 0.2)]
+    draws = [draw(pairs, h, beta, noise) for h in hypotheses]
+    evidence = torch.stack([found.evidence for found in draws])
+    shares = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    parts = torch.stack([leave_one_out(pairs, h, found, beta) for h, found in zip(hypotheses, draws, strict=True)])
+    found = _left_out(evidence, shares, (torch.tensor([0]), pairs, torch.arange(3)[None]), parts)
+    z = torch.linspace(-20, 20, 20_001, dtype=torch.float64)
+    density = torch.exp(-0.25 * z**2) * (0.25 / torch.pi) ** 0.5
+    for left in range(3):
+        others = [number for number in range(3) if number != left]
+        margins = start[0] + z[:, None] * slopes[0, :, 0]
+        weight = log_likelihood(margins[:, others], beta, 0.1).sum(1).exp() * density
+        without, right = (
+            torch.trapezoid(weight, z),
+            torch.trapezoid(weight * torch.sigmoid(beta * margins[:, left]), z),
+        )
+        at_start = log_likelihood(start[0, others], beta, 0.2).sum().exp()
+        expected = (0.3 * right + 0.7 * at_start * torch.sigmoid(beta * start[0, left])) / (
+            0.3 * without + 0.7 * at_start
+        )
+        assert found[left].item() == pytest.approx(expected.item(), abs=0.01)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_what_is_expected_of_users_comes_out(noise):
+    """Users who follow a rule are right more often than margins say, and those who slip now and then are not."""
+    rng = np.random.default_rng(5)
+    tastes = rng.normal(size=(20, 2))
+    choices = choose(synthetic(20, 15, tastes, noise=noise, seed=1), beta=0.3)
+    further = rng.normal(size=(20, 500, 2)) * 4
+    sides = np.sign((further * tastes[:, None]).sum(2))
+    codes = np.stack([choices[user].codes.numpy() for user in range(20)])
+    right = (np.sign((further * codes[:, None]).sum(2)) == sides).mean(1)
+    right = (1 - noise) * right + noise * (1 - right)
+    expected = np.array([choices[user].accuracy for user in range(20)])
+    assert expected.mean() == pytest.approx(right.mean(), abs=0.05)
+    inside = [choices[user].low - 0.02 <= right[user] <= choices[user].high + 0.02 for user in range(20)]
+    assert np.mean(inside) >= 0.7
 
 
 def test_evidence_of_a_start_row_is_the_probability_of_the_answers():

@@ -39,7 +39,7 @@ def read_log_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def temporary_arguments(**settings: Any) -> PersonalizedDPOConfig:
-    """Arguments of a trainer that saves nothing, with a folder of its own that is removed when they go, or the process ends."""
+    """Arguments of a trainer that saves nothing, with a folder of its own that goes when they go, or the process ends."""
     folder = mkdtemp(prefix="trl_personal-evaluation-")
     args = PersonalizedDPOConfig(output_dir=folder, **settings)
     weakref.finalize(args, shutil.rmtree, folder, ignore_errors=True)

@@ -14,9 +14,11 @@ from .fit import (
     draw,
     initial_shares,
     learn_shares,
+    leave_one_out,
     log_likelihood,
     posterior,
 )
+from .sharpness import Sharpness, learn_sharpness
 
 
 NUM_DRAWS = 192  # of each hypothesis
@@ -64,7 +66,7 @@ class Choice:
     Args:
         codes (`Tensor` `(rank,)`): The codes of the row; zero is the start row.
         hypothesis ([`Hypothesis`]): The most probable one in which codes differ from zero.
-        accuracy, start_accuracy (`float`): Expected accuracies with the chosen row and the start row.
+        accuracy, start_accuracy (`float`): Expected accuracies with the chosen row and the start row, after [`Sharpness`].
         low, high (`float`): The interval of the first.
         probability_of_gain (`float`): How probable it is that the chosen row is right more often than the start row.
     """
@@ -85,7 +87,8 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     Candidates are the start row, and the mode of what the user is like if not like the start row (the mean of the modes of
     all hypotheses); for users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best
     of these takes the place of the start row if its expected accuracy is higher. It is asked on pairs of other users who join
-    (`asks_others`), and on the user's own, each of these as if its answer were not known (leave-one-out).
+    (`asks_others`), and on the user's own, each of these as if its answer were not known (leave-one-out). How far to trust
+    such expectations is learned from them, and changes what is told, not what is chosen ([`Sharpness`]).
     """
     hypotheses = all_hypotheses()
     noise = torch.randn(
@@ -94,13 +97,19 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     asked = torch.linspace(0, len(margins.owner) - 1, min(NUM_ASKED, len(margins.owner))).round().long()
     evidence = torch.zeros(len(hypotheses), margins.num_users, dtype=torch.float64)
     draws: list[Draws] = []
+    left_out: list[Tensor] = []  # of each chunk `(H, 2, U, K)`
     chunks = list(_chunks(margins))
     for users, pairs, _ in chunks:
         draws = [draw(pairs, h, beta, noise) for h in hypotheses]
         evidence[:, users] = torch.stack([found.evidence for found in draws])
+        each = zip(hypotheses, draws, strict=True)
+        left_out.append(torch.stack([leave_one_out(pairs, h, found, beta) for h, found in each]))
     with_pairs = margins.counts() > 0
     decided = (2 * torch.sigmoid(beta * margins.start.double()) - 1).abs().mean()
     shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses, float(decided)))
+    sharpness = learn_sharpness(
+        torch.cat([_left_out(evidence, shares, *chunk) for chunk in zip(chunks, left_out, strict=True)]), NUM_OUTCOMES
+    )
     choices = {}
     for users, pairs, numbers in chunks:
         if len(chunks) > 1:  # drawn again, as the draws of all would not fit
@@ -109,8 +118,18 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
         for place, user in enumerate(users.tolist()):
             own = numbers[place][pairs.mask[place]]
             others = asked[margins.owner[asked] != user] if asks_others else asked[:0]
-            choices[user] = _choose_for_one(margins, own, others, hypotheses, draws, weights[:, place], place, beta)
+            choices[user] = _choose_for_one(
+                margins, own, others, hypotheses, draws, weights[:, place], place, beta, sharpness
+            )
     return choices
+
+
+def _left_out(evidence: Tensor, shares: Tensor, chunk: tuple[Tensor, Pairs, Tensor], parts: Tensor) -> Tensor:
+    """The probability of each answer of the users of a chunk, given all others: `parts` of [`leave_one_out`] put together."""
+    users, pairs, _ = chunk
+    log_weights = posterior(evidence[:, users], shares).log()[:, None, :, None]
+    without, right = (log_weights + parts).logsumexp(0)
+    return (right - without).exp()[pairs.mask]
 
 
 def _chunks(margins: LinearMargins) -> Iterator[tuple[Tensor, Pairs, Tensor]]:
@@ -149,6 +168,7 @@ def _choose_for_one(
     weights: Tensor,
     place: int,
     beta: float,
+    sharpness: Sharpness,
 ) -> Choice:
     numbers = torch.cat([own[:NUM_ASKED], others])
     num_own = len(own[:NUM_ASKED])
@@ -163,16 +183,16 @@ def _choose_for_one(
         right.append(torch.sigmoid(beta * found_margins))
         without_own.append(-log_likelihood(found_margins[:, :num_own], beta, hypothesis.noise))
     log_weight, truth = torch.cat(log_weights), torch.cat(right)
-    leave_one_out = (log_weight[:, None] + torch.cat(without_own)).softmax(0)
-    expected = torch.cat([(leave_one_out * truth[:, :num_own]).sum(0), log_weight.exp() @ truth[:, num_own:]])
+    without_each = (log_weight[:, None] + torch.cat(without_own)).softmax(0)
+    expected = torch.cat([(without_each * truth[:, :num_own]).sum(0), log_weight.exp() @ truth[:, num_own:]])
     is_own = torch.cat([torch.full((len(w),), h.moves) for h, w in zip(hypotheses, log_weights, strict=True)])
-    of_own = leave_one_out[is_own] / leave_one_out[is_own].sum(0).clamp(min=1e-300)
+    of_own = without_each[is_own] / without_each[is_own].sum(0).clamp(min=1e-300)
     of_others = log_weight[is_own].softmax(0)
     expected_if_own = torch.cat([(of_own * truth[is_own, :num_own]).sum(0), of_others @ truth[is_own, num_own:]])
     candidates = _candidates(hypotheses, draws, weights, place, len(own) >= MANY)
     outcome = offset + candidates @ slopes.T
     outcome[0] = start  # the start row is no linear model
-    accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
+    accuracies = _accuracy(expected, outcome)
     best = _best_if_own(outcome, expected_if_own)
     if accuracies[best] < accuracies[0] + (LEAST_GAIN if len(own) >= FEW else LEAST_GAIN_OF_FEW):
         best = 0
@@ -180,30 +200,36 @@ def _choose_for_one(
         best = 0
     picked = torch.multinomial(log_weight.exp(), NUM_OUTCOMES, True, generator=torch.Generator().manual_seed(0))
     sampled = truth[picked]
-    at_start = torch.where(outcome[0] > 0, sampled, 1 - sampled).mean(1)
-    chosen = torch.where(outcome[best] > 0, sampled, 1 - sampled).mean(1)
-    gains = float((chosen > at_start).double().mean()) if best else 0.0
+    gains = (
+        float((_accuracy(sampled, outcome[best]) > _accuracy(sampled, outcome[0])).double().mean()) if best else 0.0
+    )
     if len(own) >= MANY and gains < LEAST_PROBABILITY:
-        best, chosen, gains = 0, at_start, 0.0
+        best, gains = 0, 0.0
+    told, chosen = sharpness.of(expected), _accuracy(sharpness.of_draws(sampled), outcome[best])
     low, high = chosen.quantile(
         torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=chosen.dtype)
     ).tolist()
-    value = float(accuracies[best])
+    value = float(_accuracy(told, outcome[best]))
     moving = max((h for h in range(len(hypotheses)) if hypotheses[h].moves), key=lambda h: float(weights[h]))
     return Choice(
         candidates[best],
         hypotheses[moving],
         value,
-        float(accuracies[0]),
+        float(_accuracy(told, outcome[0])),
         min(low, value),
         max(high, value),
         gains,
     )
 
 
+def _accuracy(truth: Tensor, outcome: Tensor) -> Tensor:
+    """How often a row with margins `outcome` `(n,)` is expected to be right; `truth` `(..., n)`: how probable answers are."""
+    return torch.where(outcome > 0, truth, 1 - truth).mean(-1)
+
+
 def _best_if_own(outcome: Tensor, expected: Tensor) -> int:
     """The best candidate for a user who has a row of one's own: of those that are as good the nearest."""
-    accuracies = torch.where(outcome > 0, expected, 1 - expected).mean(1)
+    accuracies = _accuracy(expected, outcome)
     return 1 + int(accuracies[1:].argmax())
 
 

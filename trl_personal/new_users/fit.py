@@ -213,6 +213,30 @@ def draw(pairs: Pairs, hypothesis: Hypothesis, beta: float, noise: Tensor) -> Dr
     return Draws(codes, log_weights.softmax(1), evidence, fits.codes)
 
 
+def leave_one_out(pairs: Pairs, hypothesis: Hypothesis, draws: Draws, beta: float) -> Tensor:
+    """
+    What a hypothesis says of each answer when it is left out, to be weighed with the other hypotheses.
+
+    Args:
+        pairs ([`Pairs`]): The pairs of some users.
+        hypothesis ([`Hypothesis`]): What `draws` were made under.
+        draws ([`Draws`]): Of these users.
+        beta (`float`): The beta of the loss.
+
+    Returns:
+        Float `(2, U, K)`, two logarithms: the mean of `1 / p` over the draws, `p` the probability of the answer, and that of
+        `sigmoid(beta * margin) / p`. Their ratio, each weighted by the hypotheses' posterior, is the probability of the answer
+        given all others of the user (importance sampling).
+    """
+    if hypothesis.moves:
+        margins = pairs.offset[:, None] + torch.einsum("usr,ukr->usk", draws.codes, pairs.slopes)
+    else:
+        margins = pairs.start[:, None]
+    log_weights = draws.weights.log()[..., None] - log_likelihood(margins, beta, hypothesis.noise)
+    right = log_weights + torch.nn.functional.logsigmoid(beta * margins)
+    return torch.stack([log_weights.logsumexp(1), right.logsumexp(1)])
+
+
 def learn_shares(evidence: Tensor, initial: Tensor, steps: int = 200) -> Tensor:
     """
     How common each hypothesis is among the users, `(H,)`: the mode of the posterior that starts from `initial`, which counts
