@@ -237,7 +237,7 @@ def test_no_more_rows_than_there_is_room_for():
         nonlocal most
         while not all(task.done() for task in tasks):
             most = max(most, engine.gauges()["running"])
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         return [task.result()[0] for task in tasks]
 
     expected = [generate_alone(engine, *task) for task in make_tasks(10)]
@@ -259,6 +259,26 @@ def test_tokens_of_a_batch_are_bounded():
 
     run(engine, work)
     assert max(sizes) == 2
+
+
+def test_nothing_more_is_written_for_who_has_gone():
+    engine, calls = make_engine(), []
+
+    def count(module, inputs, output):
+        calls.append(len(output))
+        time.sleep(0.005)
+
+    engine.model.get_input_embeddings().register_forward_hook(count)
+
+    async def work():
+        pieces = engine.generate(Job([5], Sampling(50, 0.0), "user 1"))
+        await anext(pieces)
+        await pieces.aclose()
+        while engine.gauges()["running"] or engine.gauges()["waiting"]:
+            await asyncio.sleep(0.001)
+
+    run(engine, work)
+    assert len(calls) < 25  # of 50
 
 
 def test_layers_with_a_window_have_batches_of_their_own():
