@@ -2121,7 +2121,7 @@ MUTATIONS = [
         "all users have one salt",
         "serving/vllm_engine.py",
         "hashlib.sha256(soft_prompt.contiguous()",
-        "hashlib.sha256((soft_prompt * 0).contiguous()",
+        "hashlib.sha256((soft_prompt.abs() * 0).contiguous()",
         ("serving_vllm",),
     ),
     Mutation(
