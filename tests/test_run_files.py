@@ -2,17 +2,20 @@
 
 import json
 import shlex
+import subprocess
 import warnings
 
 import pytest
 from datasets import Dataset, DatasetDict
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from trl_personal.cli.arguments import make_generate_parser
 from trl_personal.data import load_generic
 from trl_personal.evaluation import evaluate_trainer
 from trl_personal.evaluation.plots import plot_measures
 from trl_personal.evaluation.run_files import next_commands, write_pairs, write_results
 from trl_personal.intervals import Interval
+from trl_personal.terminal import printable
 from trl_personal.training.progress import NamedProgressCallback, quiet_libraries, with_progress
 
 
@@ -42,6 +45,22 @@ def test_commands_name_what_is_there(tmp_path):
     assert lines[1][lines[1].index("--users") + 1] == "a b,c"
     (folder / "adapter_config.json").write_text("{}")
     assert "--ref_model" not in next_commands(folder, ["c"], "Why?", ref_model="base")
+
+
+@pytest.mark.parametrize("prompt", ["It's\ntwo\\n lines", "-5 or\t6?", "\x1b[2J$(rm x) `y`", "é\u202e\x85 \u2028'"])
+def test_commands_hold_whatever_a_prompt_is_in_a_line_each(prompt):
+    text = next_commands("out", ["a,b", "-c", "d"], prompt)
+    assert printable(text, keep="\n") == text
+    line = text.split("\n")[1]
+    assert len(text.split("\n")) == 3
+    shown = subprocess.run(
+        ["bash", "-c", f"trl-personal() {{ printf '%s\\0' \"$@\"; }}; {line}"],
+        capture_output=True,
+        check=True,
+        env={"LC_ALL": "C.UTF-8"},
+    ).stdout.decode()
+    found = make_generate_parser().parse_args(shown.split("\0")[1:-1])
+    assert (found.prompt, found.users) == ([prompt], "-c,d")
 
 
 def test_results_hold_the_evaluation_and_more(make_trainer, preferences, tmp_path):

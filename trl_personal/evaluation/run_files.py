@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import DatasetDict
 
+from ..terminal import printable
 from ..user_profile import Prompt
 from ..writing import text_of_last
 from .results import ModelEvaluation
@@ -78,26 +79,40 @@ def next_commands(
     trl-personal info out
     ```
     """
-    root, folder, most = Path(folder), str(folder), ["--max_new_tokens", str(max_new_tokens)]
+    root, folder = Path(folder), str(folder)
+    most = ["--max_new_tokens", str(max_new_tokens)]
     options = {
         "--ref_model": None if (root / "adapter_config.json").is_file() else ref_model,
         "--vanilla": str(root / "vanilla") if (root / "vanilla").is_dir() else None,
         "--opposite_column": opposite_column,
     }
-    given = [part for flag, value in options.items() if value is not None for part in (flag, value)]
+    given = [part for flag, value in options.items() if value is not None for part in _option(flag, value)]
+    named = ",".join(user for user in users if "," not in user)  # a comma ends a name on the command line
+    asked = [*(_option("--users", named) if named else []), *_option("--prompt", text_of_last(prompt))]
     commands = [
         ["trl-personal", "eval", folder, "--dataset_name", str(root / "pairs"), *given, "--generate", "12", *most],
-        [
-            "trl-personal",
-            "generate",
-            "--model",
-            folder,
-            "--users",
-            ",".join(users),
-            "--prompt",
-            text_of_last(prompt),
-            *most,
-        ],
+        ["trl-personal", "generate", "--model", folder, *asked, *most],
         ["trl-personal", "info", folder],
     ]
-    return "\n".join(map(shlex.join, commands))
+    return "\n".join(" ".join(map(_quote, command)) for command in commands)
+
+
+def _option(flag: str, value: str) -> list[str]:
+    """A value that begins with a dash would be taken for a flag."""
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]
+
+
+def _quote(part: str) -> str:
+    """
+    `part` for a shell: in bash's quotes with escapes if it has line ends or what steers a terminal.
+
+    ```python
+    >>> print(_quote("two lines"), _quote("two" + chr(10) + "lines"))
+    'two lines' $'two\\nlines'
+    ```
+    """
+    if printable(part) == part:
+        return shlex.quote(part)
+    escaped = {"\\": "\\\\", "'": "\\'", "\n": "\\n"}
+    text = (escaped.get(c, c if printable(c) == c else f"\\u{ord(c):04x}") for c in part)
+    return f"$'{''.join(text)}'"
