@@ -58,7 +58,8 @@ def draw(axes, rows):
     for place, (title, names) in enumerate(MEASURES.items()):
         axes = figure.add_subplot(1, len(MEASURES), place + 1)
         for name in names:
-            axes.plot([row["step"] for row in rows], [row[name] for row in rows], marker="o", markersize=3, label=name)
+            style = {"marker": "o", "markersize": 3, "clip_on": False}
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, **style)
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylim(bottom=min(0.0, *(row[name] for row in rows for name in names)))
