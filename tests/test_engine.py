@@ -266,7 +266,7 @@ def test_nothing_more_is_written_for_who_has_gone():
 
     def count(module, inputs, output):
         calls.append(len(output))
-        time.sleep(0.005)
+        time.sleep(0.02)
 
     engine.model.get_input_embeddings().register_forward_hook(count)
 
