@@ -228,7 +228,7 @@ def test_an_answer_that_is_left_out_is_predicted_by_the_others():
     evidence = torch.stack([found.evidence for found in draws])
     shares = torch.tensor([0.3, 0.7], dtype=torch.float64)
     parts = torch.stack([leave_one_out(pairs, h, found, beta) for h, found in zip(hypotheses, draws, strict=True)])
-    found = _left_out(evidence, shares, (torch.tensor([0]), pairs, torch.arange(3)[None]), parts)
+    (found,) = _left_out(posterior(evidence, shares), parts)
     z = torch.linspace(-20, 20, 20_001, dtype=torch.float64)
     density = torch.exp(-0.25 * z**2) * (0.25 / torch.pi) ** 0.5
     for left in range(3):

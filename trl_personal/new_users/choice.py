@@ -15,7 +15,6 @@ from .fit import (
     initial_shares,
     learn_shares,
     leave_one_out,
-    log_likelihood,
     posterior,
 )
 from .sharpness import Sharpness, learn_sharpness
@@ -97,39 +96,47 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     asked = torch.linspace(0, len(margins.owner) - 1, min(NUM_ASKED, len(margins.owner))).round().long()
     evidence = torch.zeros(len(hypotheses), margins.num_users, dtype=torch.float64)
     draws: list[Draws] = []
-    left_out: list[Tensor] = []  # of each chunk `(H, 2, U, K)`
+    parts: list[Tensor] = []  # of each chunk `(H, 2, U, K)`
     chunks = list(_chunks(margins))
     for users, pairs, _ in chunks:
         draws = [draw(pairs, h, beta, noise) for h in hypotheses]
         evidence[:, users] = torch.stack([found.evidence for found in draws])
         each = zip(hypotheses, draws, strict=True)
-        left_out.append(torch.stack([leave_one_out(pairs, h, found, beta) for h, found in each]))
+        parts.append(torch.stack([leave_one_out(pairs, h, found, beta) for h, found in each]))
     with_pairs = margins.counts() > 0
     decided = (2 * torch.sigmoid(beta * margins.start.double()) - 1).abs().mean()
     shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses, float(decided)))
-    sharpness = learn_sharpness(
-        torch.cat([_left_out(evidence, shares, *chunk) for chunk in zip(chunks, left_out, strict=True)]), NUM_OUTCOMES
-    )
+    weights = posterior(evidence, shares)
+    left_out = [
+        _left_out(weights[:, chunk[0]], part)[chunk[1].mask] for chunk, part in zip(chunks, parts, strict=True)
+    ]
+    sharpness = learn_sharpness(torch.cat(left_out), NUM_OUTCOMES)
     choices = {}
-    for users, pairs, numbers in chunks:
+    for (users, pairs, numbers), part in zip(chunks, parts, strict=True):
         if len(chunks) > 1:  # drawn again, as the draws of all would not fit
             draws = [draw(pairs, h, beta, noise) for h in hypotheses]
-        weights = posterior(torch.stack([found.evidence for found in draws]), shares)
         for place, user in enumerate(users.tolist()):
-            own = numbers[place][pairs.mask[place]]
+            own = numbers[place][pairs.mask[place]][:NUM_ASKED]
             others = asked[margins.owner[asked] != user] if asks_others else asked[:0]
             choices[user] = _choose_for_one(
-                margins, own, others, hypotheses, draws, weights[:, place], place, beta, sharpness
+                margins,
+                own,
+                others,
+                hypotheses,
+                draws,
+                weights[:, user],
+                part[:, :, place : place + 1, : len(own)],
+                place,
+                beta,
+                sharpness,
             )
     return choices
 
 
-def _left_out(evidence: Tensor, shares: Tensor, chunk: tuple[Tensor, Pairs, Tensor], parts: Tensor) -> Tensor:
-    """The probability of each answer of the users of a chunk, given all others: `parts` of [`leave_one_out`] put together."""
-    users, pairs, _ = chunk
-    log_weights = posterior(evidence[:, users], shares).log()[:, None, :, None]
-    without, right = (log_weights + parts).logsumexp(0)
-    return (right - without).exp()[pairs.mask]
+def _left_out(weights: Tensor, parts: Tensor) -> Tensor:
+    """The probability of each answer given all others of its user, `(U, K)`: `parts` `(H, 2, U, K)` of [`leave_one_out`]."""
+    without, right = (weights.log()[:, None, :, None] + parts).logsumexp(0)
+    return (right - without).exp()
 
 
 def _chunks(margins: LinearMargins) -> Iterator[tuple[Tensor, Pairs, Tensor]]:
@@ -166,29 +173,29 @@ def _choose_for_one(
     hypotheses: Sequence[Hypothesis],
     draws: Sequence[Draws],
     weights: Tensor,
+    parts: Tensor,
     place: int,
     beta: float,
     sharpness: Sharpness,
 ) -> Choice:
-    numbers = torch.cat([own[:NUM_ASKED], others])
-    num_own = len(own[:NUM_ASKED])
+    numbers = torch.cat([own, others])
     start, offset = margins.start[numbers].double(), margins.offset[numbers].double()
     slopes = margins.slopes[numbers].double()
     # for each hypothesis and draw: its weight, and how probable it makes the answers to the pairs asked
-    log_weights, right, without_own = [], [], []
+    log_weights, right = [], []
     for hypothesis, found, weight in zip(hypotheses, draws, weights, strict=True):
         codes = found.codes[place]
         found_margins = offset + codes @ slopes.T if hypothesis.moves else start.expand(len(codes), -1)
         log_weights.append((weight * found.weights[place]).log())
         right.append(torch.sigmoid(beta * found_margins))
-        without_own.append(-log_likelihood(found_margins[:, :num_own], beta, hypothesis.noise))
     log_weight, truth = torch.cat(log_weights), torch.cat(right)
-    without_each = (log_weight[:, None] + torch.cat(without_own)).softmax(0)
-    expected = torch.cat([(without_each * truth[:, :num_own]).sum(0), log_weight.exp() @ truth[:, num_own:]])
-    is_own = torch.cat([torch.full((len(w),), h.moves) for h, w in zip(hypotheses, log_weights, strict=True)])
-    of_own = without_each[is_own] / without_each[is_own].sum(0).clamp(min=1e-300)
-    of_others = log_weight[is_own].softmax(0)
-    expected_if_own = torch.cat([(of_own * truth[is_own, :num_own]).sum(0), of_others @ truth[is_own, num_own:]])
+    of_others = truth[:, len(own) :]
+    expected = torch.cat([_left_out(weights[:, None], parts)[0], log_weight.exp() @ of_others])
+    moves = torch.tensor([hypothesis.moves for hypothesis in hypotheses])
+    is_own = torch.cat([m.expand(len(w)) for m, w in zip(moves, log_weights, strict=True)])
+    expected_if_own = torch.cat(
+        [_left_out(weights[moves, None], parts[moves])[0], log_weight[is_own].softmax(0) @ of_others[is_own]]
+    )
     candidates = _candidates(hypotheses, draws, weights, place, len(own) >= MANY)
     outcome = offset + candidates @ slopes.T
     outcome[0] = start  # the start row is no linear model
