@@ -91,11 +91,10 @@ def main():
     for kind in arguments.kinds:
         found = train(arguments.model, kind, arguments.questions, arguments.num_prompts, arguments.seed)
         rows.append({"kind": kind, **found})
-        cells = [{k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
         write_results(
             arguments.output,
             {"runs": rows},
-            make_table(cells, "Defaults on a real model"),
+            make_table(rows, "Defaults on a real model"),
             lambda axes: draw(rows, axes),
         )
 

@@ -197,12 +197,12 @@ def ratios_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def make_table(rows: Sequence[Mapping[str, object]], title: str) -> Table:
-    """A table of texts; the first row names the columns."""
+    """A table; the first row names the columns. Floats have two digits."""
     table = Table(title=title)
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     return table
 
 

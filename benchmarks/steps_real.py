@@ -10,11 +10,16 @@ own answers to the same.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from statistics import mean
 
 from datasets import load_dataset
 from measure import make_table, use_one_thread, write_results
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import real_users
 
 from trl_personal.evaluation import evaluate_model
 
@@ -34,16 +39,16 @@ def evaluate(checkpoint, test, num_prompts, max_new_tokens):
         generate_kwargs={"max_new_tokens": max_new_tokens, "do_sample": False}, batch_size=8, disable_tqdm=True,
     )  # fmt: skip
     accuracy, users = found.report.groups["known"].accuracy, {row.user_id: row for row in found.answers_report.users}
-    lists = {
-        user: mean(sample["answers"][user].lstrip().startswith("1.") for sample in found.to_dict()["samples"])
-        for user in users
-    }
+    samples = found.to_dict()["samples"]
     nats = [user.minus_base["nats_per_token"].value for user in users.values()]
     return {
         **{"own": accuracy["own"].value, "worst": found.report.worst_user["own"]},
         "opposite": accuracy["opposite"].value,
         **{f"words of {user}": users[user].means["words"].value for user in ("ann", "bo")},
-        **{f"lists of {user}": lists[user] for user in ("cy", "di")},
+        **{
+            f"lists of {user}": real_users.share_of_lists([sample["answers"][user] for sample in samples]).value
+            for user in ("cy", "di")
+        },
         **{"nats": mean(nats), "nats of worst": max(nats)},
         "distinct_2": min(user.distinct_2 for user in users.values()),
         "distinct_2 of base": found.answers_report.base.distinct_2,
@@ -83,9 +88,8 @@ def main():
     rows = []
     for step, checkpoint in sorted(found.items()):
         rows.append({"step": step, **evaluate(checkpoint, test, arguments.num_prompts, arguments.max_new_tokens)})
-        cells = [{k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
         write_results(
-            arguments.output, {"rows": rows}, make_table(cells, "Against steps"), lambda axes: draw(axes, rows)
+            arguments.output, {"rows": rows}, make_table(rows, "Against steps"), lambda axes: draw(axes, rows)
         )
 
 
