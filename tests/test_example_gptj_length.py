@@ -13,10 +13,11 @@ SCRIPT = ROOT / "examples" / "gptj_length.py"
 
 
 def run(folder, *arguments, launcher=(sys.executable,)):
-    env = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") and str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") and str(ROOT), "COLUMNS": "80"}
     command = [*launcher, str(SCRIPT), "--output_dir", str(folder / "out"), "--num_threads", "1", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"trl-personal info {folder / 'out'}" in done.stdout.splitlines()  # a line, however narrow the terminal
     return done.stdout, json.loads((folder / "out/results.json").read_text())
 
 

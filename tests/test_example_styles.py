@@ -19,10 +19,11 @@ SCRIPTS = ["tulu_style", "prism_dialogue"]
 
 
 def run(name, folder, *arguments):
-    env = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") and str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") and str(ROOT), "COLUMNS": "80"}
     command = [sys.executable, str(ROOT / f"examples/{name}.py"), "--output_dir", str(folder / "out"), *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"trl-personal info {folder / 'out'}" in done.stdout.splitlines()  # a line, however narrow the terminal
     return done.stdout, json.loads((folder / "out/results.json").read_text())
 
 
