@@ -35,9 +35,9 @@ from trl_personal.new_users.fit import (
     posterior,
 )
 from trl_personal.new_users.folder import write_users
-from trl_personal.new_users.join import add_users, settings_of, update_users
+from trl_personal.new_users.join import _fit_codes, _objective, add_users, settings_of, update_users
 from trl_personal.new_users.margins import row_margins
-from trl_personal.new_users.prior import is_linear, prior_of_users
+from trl_personal.new_users.prior import RowPrior, is_linear, prior_of_users
 from trl_personal.new_users.results import NOT_ENOUGH, fits_table
 from trl_personal.terminal import print_whole
 from trl_personal.training.run_folder import only_run_in
@@ -333,6 +333,85 @@ def test_one_answer_alone_moves_nobody_far_from_a_majority():
     (choice,) = choose(margins, beta=1.0).values()
     assert not choice.codes.any()
     assert choice.probability_of_gain == 0
+
+
+@pytest.mark.parametrize("num_pairs", [1, 3, 4])
+def test_a_few_answers_count_whole_where_the_start_row_is_undecided(num_pairs):
+    """Up to three: the mode of the widest prior without noise, though noise is as probable. From four on noise takes part."""
+    tastes = np.random.default_rng(3).normal(size=(6, 2))
+    margins = synthetic(6, num_pairs, tastes)
+    choices = choose(margins, beta=1.0)
+    pairs = [part.reshape(6, num_pairs, *part.shape[1:]) for part in (margins.start, margins.offset, margins.slopes)]
+    modes = fit(Pairs(*pairs, torch.ones(6, num_pairs, dtype=torch.bool)), Hypothesis(0.2, 0.0), beta=1.0).codes
+    codes = torch.stack([choices[user].codes for user in range(6)])
+    assert codes.any(1).all()
+    if num_pairs < 4:
+        torch.testing.assert_close(codes, modes)
+    else:
+        assert (codes.norm(dim=1) < 0.95 * modes.norm(dim=1)).all()
+
+
+class BentMargins:
+    """Margins that are no line in the codes: they bend the other way, the sooner the further."""
+
+    def __init__(self, slopes):
+        self.slopes, self.num_scored = slopes, []
+
+    def at(self, rows, owner, basis, gradients=True, numbers=None):
+        numbers = torch.arange(len(owner)) if numbers is None else numbers
+        self.num_scored.append(len(numbers))
+        codes = rows[owner[numbers]].double().requires_grad_()
+        slopes = self.slopes[numbers]
+        margins = (slopes * codes).sum(1) - 0.2 * codes.square().sum(1) * slopes.norm(dim=1)
+        (gradient,) = torch.autograd.grad(margins.sum(), codes)
+        return margins.detach(), gradient.float() if gradients else None
+
+
+def test_margins_that_bend_are_linearized_anew_for_those_for_whom_it_pays(monkeypatch):
+    """Their true objective is lower then, and the row of a user who is left as is does not change."""
+    tastes = np.array([[1.5, 0.5], [1.5, 0.5], [-0.5, 1.5]])
+    margins, owner = synthetic(3, 20, tastes), torch.arange(3).repeat_interleave(20)
+    bent, asked = BentMargins(margins.slopes), []
+
+    def recorded(linear, beta, asks_others=True):
+        asked.append(asks_others)
+        return choose(linear, beta, asks_others)
+
+    monkeypatch.setattr("trl_personal.new_users.join.choose", recorded)
+    prior, start = RowPrior(torch.eye(2), True), torch.zeros(3, 2)
+    found = []
+    for times in ([0, 0, 0], [2, 0, 2]):
+        bent.num_scored.clear()
+        codes, choices = _fit_codes(bent, start, prior, owner, 1.0, torch.tensor(times), True)
+        assert all(choice.hypothesis.moves for choice in choices.values())
+        assert all(number == 40 for number in bent.num_scored[1:])  # those of two users
+        values = []
+        for user in range(3):
+            hypothesis, of_user = choices[user].hypothesis, owner == user
+            scored, _ = bent.at(codes.float(), owner, None)
+            values.append(_objective(scored[of_user], codes[user], hypothesis, 1.0).item())
+        found.append((codes, values))
+    assert asked == [True, True, False, False]  # others only at the start row
+    (first, at_first), (twice, at_twice) = found
+    assert torch.equal(first[1], twice[1])
+    assert at_twice[0] < 0.9 * at_first[0]
+    assert at_twice[2] < 0.9 * at_first[2]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("individual", [0, 2]), ("cluster", [2, 2])])
+def test_many_pairs_are_linearized_anew(kind, expected, monkeypatch):
+    model, reference = make_personalized(kind)
+    asked = []
+
+    def recorded(margins, start, prior, owner, beta, relinearizations, asks_others):
+        asked.append(relinearizations.tolist())
+        return _fit_codes(margins, start, prior, owner, beta, relinearizations, asks_others)
+
+    monkeypatch.setattr("trl_personal.new_users.join._fit_codes", recorded)
+    pairs = [*make_pairs(2, 16)][1:]
+    options = {"settings": SETTINGS}
+    model.add_users(Dataset.from_list(pairs), make_tokenizer(), reference, **options)
+    assert asked == [expected]
 
 
 # --- Joining

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .fit import (
+    PRECISIONS,
     Draws,
     Hypothesis,
     Pairs,
@@ -16,6 +17,7 @@ from .fit import (
     learn_shares,
     leave_one_out,
     posterior,
+    share_of_doubt,
 )
 from .sharpness import Sharpness, learn_sharpness
 
@@ -26,7 +28,7 @@ NUM_OUTCOMES = 400  # draws of what a user may be like, for intervals
 NUMBERS_AT_ONCE = 1 << 18  # of users times draws times pairs
 LEAST_GAIN = 1e-3  # of expected accuracy, for a row to leave the start row
 FEW = 4  # pairs; fewer cannot agree often enough to make up for the doubt that they are by chance
-LEAST_GAIN_OF_FEW = -0.04  # of expected accuracy, for a user with fewer pairs than that
+WORTH_OF_FEW = 0.15  # of expected accuracy, that fewer may cost where the start row is a coin on the pairs
 MANY = 10  # pairs of a user, from which on they can tell between rows in the same direction
 LEAST_PROBABILITY = 0.7  # of a gain, for a user with so many pairs to leave the start row
 SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -83,9 +85,11 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     """
     A [`Choice`] for each user with pairs, by the user's number.
 
-    Candidates are the start row, and the mode of what the user is like if not like the start row (the mean of the modes of
-    all hypotheses); for users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best
-    of these takes the place of the start row if its expected accuracy is higher. It is asked on pairs of other users who join
+    Candidates are the start row, and the mode of what the user is like if not like the start row: the mean of the modes of
+    all hypotheses, or, with fewer pairs than [`FEW`], that of the widest without noise, which so few cannot tell from a
+    taste. For users with [`MANY`] pairs also the mean, the most probable mode, and steps on the way there. The best of these
+    takes the place of the start row if its expected accuracy is higher; for a few pairs it may be lower, the less the start
+    row has to lose ([`WORTH_OF_FEW`]). It is asked on pairs of other users who join
     (`asks_others`), and on the user's own, each of these as if its answer were not known (leave-one-out). How far to trust
     such expectations is learned from them, and changes what is told, not what is chosen ([`Sharpness`]).
     """
@@ -104,8 +108,8 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
         each = zip(hypotheses, draws, strict=True)
         parts.append(torch.stack([leave_one_out(pairs, h, found, beta) for h, found in each]))
     with_pairs = margins.counts() > 0
-    decided = (2 * torch.sigmoid(beta * margins.start.double()) - 1).abs().mean()
-    shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses, float(decided)))
+    decided = float((2 * torch.sigmoid(beta * margins.start.double()) - 1).abs().mean())
+    shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses, decided))
     weights = posterior(evidence, shares)
     left_out = [
         _left_out(weights[:, chunk[0]], part)[chunk[1].mask] for chunk, part in zip(chunks, parts, strict=True)
@@ -129,6 +133,7 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
                 place,
                 beta,
                 sharpness,
+                share_of_doubt(decided),
             )
     return choices
 
@@ -177,6 +182,7 @@ def _choose_for_one(
     place: int,
     beta: float,
     sharpness: Sharpness,
+    doubt: float,
 ) -> Choice:
     numbers = torch.cat([own, others])
     start, offset = margins.start[numbers].double(), margins.offset[numbers].double()
@@ -196,12 +202,12 @@ def _choose_for_one(
     expected_if_own = torch.cat(
         [_left_out(weights[moves, None], parts[moves])[0], log_weight[is_own].softmax(0) @ of_others[is_own]]
     )
-    candidates = _candidates(hypotheses, draws, weights, place, len(own) >= MANY)
+    candidates = _candidates(hypotheses, draws, weights, place, len(own))
     outcome = offset + candidates @ slopes.T
     outcome[0] = start  # the start row is no linear model
     accuracies = _accuracy(expected, outcome)
     best = _best_if_own(outcome, expected_if_own)
-    if accuracies[best] < accuracies[0] + (LEAST_GAIN if len(own) >= FEW else LEAST_GAIN_OF_FEW):
+    if accuracies[best] < accuracies[0] + LEAST_GAIN - (WORTH_OF_FEW * (1 - doubt) if len(own) < FEW else 0):
         best = 0
     if torch.equal(outcome[best] > 0, outcome[0] > 0):  # a row that changes no answer is nothing to trust
         best = 0
@@ -241,15 +247,18 @@ def _best_if_own(outcome: Tensor, expected: Tensor) -> int:
 
 
 def _candidates(
-    hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int, several: bool
+    hypotheses: Sequence[Hypothesis], draws: Sequence[Draws], weights: Tensor, place: int, num_pairs: int
 ) -> Tensor:
-    """Codes `(c, rank)` to choose from, the start row first: one beside it, or `several`."""
+    """Codes `(c, rank)` to choose from, the start row first: one beside it, or several for a user with [`MANY`] pairs."""
+    if num_pairs < FEW:
+        mode = draws[hypotheses.index(Hypothesis(min(PRECISIONS), 0.0))].modes[place]
+        return torch.stack([torch.zeros_like(mode), mode])
     moving = [h for h, hypothesis in enumerate(hypotheses) if hypothesis.moves]
     total = weights[moving].sum().clamp(min=1e-300)
     means = torch.stack([draws[h].weights[place] @ draws[h].codes[place] for h in moving])
     modes = torch.stack([draws[h].modes[place] for h in moving])
     share = weights[moving] / total
-    if not several:
+    if num_pairs < MANY:
         return torch.stack([torch.zeros_like(modes[0]), share @ modes])
     ends = [share @ means, share @ modes, modes[int(share.argmax())]]
     steps = torch.stack([scale * end for end in ends for scale in SCALES])

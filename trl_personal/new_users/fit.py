@@ -100,10 +100,23 @@ def initial_shares(hypotheses: list[Hypothesis], decided: float = 1.0) -> Tensor
         decided (`float`, *optional*, defaults to `1.0`): How far the start row is from a coin on the pairs, on average: 0
             where it gives both answers the same probability, 1 where it is certain.
     """
-    chance = SHARES["chance"] * min(1.0, decided / DECIDED)
+    chance = SHARES["chance"] * share_of_doubt(decided)
     shares = SHARES | {"chance": chance, "own": SHARES["own"] + SHARES["chance"] - chance}
     kinds = ["own" if h.moves else "chance" if h.noise == CHANCE else "start" for h in hypotheses]
     return torch.tensor([shares[kind] / kinds.count(kind) for kind in kinds], dtype=torch.float64)
+
+
+def share_of_doubt(decided: float) -> float:
+    """
+    How much of the doubt holds that answers are by chance: as much as there is to lose, from 0 where the start row is a coin
+    on the pairs to 1 where it is as decided as [`DECIDED`] or more.
+
+    ```python
+    >>> share_of_doubt(0.0), share_of_doubt(0.45), share_of_doubt(1.0)
+    (0.0, 1.0, 1.0)
+    ```
+    """
+    return min(1.0, decided / DECIDED)
 
 
 def log_likelihood(margins: Tensor, beta: float, noise: float) -> Tensor:

@@ -34,7 +34,8 @@ from .results import CLEARS, ENOUGH, NOT_ENOUGH, FittedUser, UsersFit
 
 logger = logging.getLogger(__name__)
 
-RELINEARIZATIONS = 2  # of kinds whose soft prompts do not go with the row along a line
+RELINEARIZATIONS = 2  # of kinds whose soft prompts do not go with the row along a line, and of users with many pairs
+MANY_PAIRS = 16  # so many answers pull a row to where the first gradients no longer hold
 
 
 def add_users(
@@ -65,7 +66,7 @@ def add_users(
             those saved with the model.
         batch_size (`int`, *optional*, defaults to `16`): The number of pairs computed at once.
         num_relinearizations (`int`, *optional*): How often margins are linearized anew at the rows found. By default 2 for
-            kinds whose soft prompts are not linear in the row, such as `cluster`, else 0.
+            kinds whose soft prompts are not linear in the row, such as `cluster`, and for users with 16 pairs or more, else 0.
 
     Returns:
         [`UsersFit`].
@@ -230,11 +231,15 @@ def _fit(
         prior = row_prior(margins, num_known, std)
         start = start_rows(margins)
         is_update = bool((start != start[:1]).any())
+        pairs_of = torch.bincount(owner, minlength=len(users))
         if num_relinearizations is None:
-            num_relinearizations = 0 if is_linear(margins, start[0], prior.basis) else RELINEARIZATIONS
-        codes, choices = _fit_codes(margins, start, prior, owner, beta, num_relinearizations, not is_update)
+            least = MANY_PAIRS if is_linear(margins, start[0], prior.basis) else 1
+            relinearizations = torch.where(pairs_of >= least, RELINEARIZATIONS, 0)
+        else:
+            relinearizations = torch.full_like(pairs_of, num_relinearizations)
+        codes, choices = _fit_codes(margins, start, prior, owner, beta, relinearizations, not is_update)
         rows = margins.by_table(start + codes.float() @ prior.basis)
-        counts = torch.bincount(owner, minlength=len(users)).tolist()
+        counts = pairs_of.tolist()
         left_out = len(dataset) - len(margins)
     fitted = tuple(
         _as_user(user, counts[number], choices[number], bool(codes[number].any()))
@@ -255,10 +260,10 @@ def _fit_codes(
     prior: RowPrior,
     owner: Tensor,
     beta: float,
-    num_relinearizations: int,
+    relinearizations: Tensor,
     asks_others: bool,
 ) -> tuple[Tensor, dict[int, Choice]]:
-    """The codes of each user, `(users, rank)`, and the choices behind them."""
+    """The codes of each user, `(users, rank)`, and the choices behind them; `relinearizations` `(users,)` at most."""
     at_start, slopes = margins.at(start, owner, prior.basis)
     assert slopes is not None
     linear = LinearMargins(at_start, at_start.clone(), slopes.double(), owner, len(start))
@@ -266,33 +271,33 @@ def _fit_codes(
     codes = torch.zeros(len(start), len(prior.basis), dtype=torch.float64)
     for user, choice in choices.items():
         codes[user] = choice.codes
-    best = codes.new_full((len(start),), torch.inf)
-    accepted = torch.zeros_like(codes)
-    for user, choice in choices.items():  # of the start row
-        best[user] = _objective(at_start[owner == user], codes[user] * 0, choice.hypothesis, beta)
-    for step in range(num_relinearizations + 1 if num_relinearizations else 0):
+    accepted = torch.where(relinearizations[:, None] > 0, 0, codes)
+    tried, at_accepted = dict(choices), at_start.clone()
+    for step in range(int(relinearizations.max()) + 1):
         pairs = torch.nonzero((codes != accepted).any(1)[owner]).flatten()
         if not len(pairs):
             break
-        is_last = step == num_relinearizations
-        found, new_slopes = margins.at(start + codes.float() @ prior.basis, owner, prior.basis, not is_last, pairs)
+        goes_on = (step < relinearizations)[owner[pairs]].any()
+        found, new_slopes = margins.at(start + codes.float() @ prior.basis, owner, prior.basis, bool(goes_on), pairs)
         for user in owner[pairs].unique().tolist():
             own = owner[pairs] == user
-            value = _objective(found[own], codes[user], choices[user].hypothesis, beta)
-            if value <= best[user]:
-                best[user], accepted[user] = value, codes[user]
+            hypothesis = tried[user].hypothesis
+            before = _objective(at_accepted[pairs[own]], accepted[user], hypothesis, beta)
+            if _objective(found[own], codes[user], hypothesis, beta) <= before:
+                accepted[user], choices[user] = codes[user], tried[user]
+                at_accepted[pairs[own]] = found[own]
                 if new_slopes is not None:
                     linear.slopes[pairs[own]] = new_slopes[own].double()
                     linear.offset[pairs[own]] = found[own] - new_slopes[own].double() @ codes[user]
-        if not is_last:
+        if goes_on:
             moved = (codes != accepted).any(1)
             codes = torch.where(moved[:, None], (codes + accepted) / 2, codes)  # half of a step that made it worse
-            again = choose(linear, beta, asks_others)
-            for user, choice in again.items():
-                if not moved[user] and accepted[user].any():
-                    choices[user] = choice
+            # nobody is asked on pairs of others, which are linear at the rows of these
+            for user, choice in choose(linear, beta, asks_others=False).items():
+                if relinearizations[user] and not moved[user] and accepted[user].any():
+                    tried[user] = choice
                     codes[user] = choice.codes
-    return (accepted if num_relinearizations else codes), choices
+    return accepted, choices
 
 
 def _objective(margins: Tensor, codes: Tensor, hypothesis: Hypothesis, beta: float) -> Tensor:
