@@ -328,11 +328,13 @@ def test_users_who_answer_by_chance_stay_where_the_majority_is(num_pairs):
     assert np.mean(right) >= 0.98
 
 
-def test_one_answer_alone_moves_nobody_far_from_a_majority():
-    margins = synthetic(1, 1, np.array([[-1.0, 0.0]]), start=1.5)
+@pytest.mark.parametrize(("start", "moves"), [(0.1, True), (0.8, False), (1.5, False)])
+def test_one_answer_alone_moves_nobody_far_from_a_majority(start, moves):
+    """Where the start row is nearly a coin there is nothing to lose, and the answer is followed."""
+    margins = synthetic(1, 1, np.array([[-1.0, 0.0]]), start=start)
     (choice,) = choose(margins, beta=1.0).values()
-    assert not choice.codes.any()
-    assert choice.probability_of_gain == 0
+    assert choice.codes.any().item() == moves
+    assert moves or choice.probability_of_gain == 0
 
 
 @pytest.mark.parametrize("num_pairs", [1, 3, 4])
