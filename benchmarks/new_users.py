@@ -36,9 +36,9 @@ PLAIN_PRECISIONS = (0.1, 0.3, 1.0)  # of fits that are given one weight of the p
 NUM_TEST = 60
 
 
-def composed_users(seed, num_pairs):
+def composed_users(seed, num_pairs, draw_seed=0):
     """Eight users who each have one taste of each of three dimensions: rows to join with, and others to be tested on."""
-    dataset, rng = make_style_preferences(seed=seed), np.random.default_rng(seed)
+    dataset, rng = make_style_preferences(seed=seed), np.random.default_rng(seed + draw_seed)
     pools = {split: defaultdict(list) for split in dataset}
     for split, rows in dataset.items():
         for row in rows:
@@ -185,7 +185,7 @@ def main(arguments):
 
     if arguments.task == "composed":
         for seed in seeds:
-            support, test = composed_users(seed, max(numbers))
+            support, test = composed_users(seed, max(numbers), arguments.draw_seed)
             for number in numbers:
                 measure(f"seed {seed}, {number} pairs", first(support, number), test, plain=True)
     elif arguments.task == "length":
@@ -228,5 +228,6 @@ if __name__ == "__main__":
     parser.add_argument("--ref_model", help="the model that training started from; default: warmed_up in the folder")
     parser.add_argument("--seeds", default="2007,2008,2009")
     parser.add_argument("--pairs", default="3,6,15,30")
+    parser.add_argument("--draw_seed", type=int, default=0, help="of the draw of pairs, added to the seed of the data")
     parser.add_argument("--json", help="file to add the results to")
     main(parser.parse_args())
