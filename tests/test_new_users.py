@@ -411,8 +411,7 @@ def test_many_pairs_are_linearized_anew(kind, expected, monkeypatch):
 
     monkeypatch.setattr("trl_personal.new_users.join._fit_codes", recorded)
     pairs = [*make_pairs(2, 16)][1:]
-    options = {"settings": SETTINGS}
-    model.add_users(Dataset.from_list(pairs), make_tokenizer(), reference, **options)
+    model.add_users(Dataset.from_list(pairs), make_tokenizer(), reference, settings=SETTINGS)
     assert asked == [expected]
 
 

@@ -110,7 +110,7 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
     with_pairs = margins.counts() > 0
     decided = float((2 * torch.sigmoid(beta * margins.start.double()) - 1).abs().mean())
     shares = learn_shares(evidence[:, with_pairs], initial_shares(hypotheses, decided))
-    weights = posterior(evidence, shares)
+    weights, doubt = posterior(evidence, shares), share_of_doubt(decided)
     left_out = [
         _left_out(weights[:, chunk[0]], part)[chunk[1].mask] for chunk, part in zip(chunks, parts, strict=True)
     ]
@@ -133,7 +133,7 @@ def choose(margins: LinearMargins, beta: float, asks_others: bool = True) -> dic
                 place,
                 beta,
                 sharpness,
-                share_of_doubt(decided),
+                doubt,
             )
     return choices
 
