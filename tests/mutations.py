@@ -2188,6 +2188,13 @@ MUTATIONS = [
         ("new_users",),
     ),
     Mutation(
+        "what is told of a new user is of the first row",
+        "new_users/join.py",
+        "accepted[user], choices[user] = codes[user], tried[user]",
+        "accepted[user] = codes[user]",
+        ("new_users",),
+    ),
+    Mutation(
         "many pairs are linear at the start row",
         "new_users/join.py",
         "torch.where(pairs_of >= least, RELINEARIZATIONS, 0)",

@@ -386,6 +386,7 @@ def test_margins_that_bend_are_linearized_anew_for_those_for_whom_it_pays(monkey
         bent.num_scored.clear()
         codes, choices = _fit_codes(bent, start, prior, owner, 1.0, torch.tensor(times), True)
         assert all(choice.hypothesis.moves for choice in choices.values())
+        assert all(torch.equal(choices[user].codes, codes[user]) for user in range(3))  # what is told is of that row
         assert all(number == 40 for number in bent.num_scored[1:])  # those of two users
         values = []
         for user in range(3):
